@@ -1,0 +1,142 @@
+"""Softmax attention and its back ends."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from models.initializers import normal
+from models.positions import rotate
+from models.variables import param
+from partitioning import UserError, constrain
+
+Backend = Literal["xla", "reference"]
+
+
+def reference(
+    q: Float[Array, "B Q H K"], k: Float[Array, "B S H K"], v: Float[Array, "B S H K"], visible: Bool[Array, "B Q S"],
+    bias: Float[Array, "#B #H Q S"] | None,
+) -> Float[Array, "B Q H K"]:
+    """softmax(q kT / sqrt(K) + bias) v over the visible keys, written as on paper; a query that sees nothing gets 0."""
+    scores = jnp.einsum("bqhk,bshk->bhqs", q, k) / jnp.sqrt(q.shape[-1])
+    scores = scores if bias is None else scores + bias
+    seen = visible[:, None]
+    weights = jnp.where(seen, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True, where=seen, initial=-1e30)), 0.0)
+    total = weights.sum(-1, keepdims=True)
+    return jnp.einsum("bhqs,bshk->bqhk", weights / jnp.where(total > 0, total, 1.0), v)
+
+
+def xla(
+    q: Float[Array, "B Q H K"], k: Float[Array, "B S H K"], v: Float[Array, "B S H K"], visible: Bool[Array, "B Q S"],
+    bias: Float[Array, "#B #H Q S"] | None,
+) -> Float[Array, "B Q H K"]:
+    """The same for training: scores in float32 whatever the inputs, the normaliser applied to the output."""
+    heads_first = lambda x: x.transpose(0, 2, 1, 3)  # noqa: E731
+    q, k, v = heads_first(q * q.shape[-1] ** -0.5), heads_first(k), heads_first(v)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=wide)
+    scores = scores if bias is None else scores + bias.astype(wide)
+    scores = jnp.where(visible[:, None], scores, -1e30)
+    # The largest score carries no gradient, and a row that sees nothing must not divide by zero.
+    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.where(visible[:, None], jnp.exp(scores - top), 0.0)
+    total = weights.sum(-1, keepdims=True)
+    out = jnp.einsum("bhqs,bhsk->bhqk", weights.astype(v.dtype), v, preferred_element_type=wide)
+    return (out / jnp.where(total > 0, total, 1.0)).astype(v.dtype).transpose(0, 2, 1, 3)
+
+
+BACKENDS: dict[str, Callable[..., Float[Array, "B Q H K"]]] = {"reference": reference, "xla": xla}
+
+
+class Attention(nnx.Module):
+    """Multi-head softmax attention.
+
+    Args:
+      width: D, features of the hidden states.
+      heads: H; `kv_heads` of them have keys and values of their own (grouped queries), all by default.
+      head_width: K; D / H by default.
+      theta: base of the rotary frequencies; None for no rotation.
+      bias: whether the projections have biases.
+      backend: how the product is computed.
+      rngs: where the initial weights come from.
+
+    Raises:
+      UserError: heads that do not divide.
+
+    Source: "Attention Is All You Need", Vaswani et al., 2017; grouped queries: "GQA", Ainslie et al., 2023.
+    Differs: nothing known.
+    """
+
+    needs_causal = False
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int = 8,
+        kv_heads: int | None = None,
+        head_width: int | None = None,
+        theta: float | None = 10_000.0,
+        bias: bool = False,
+        backend: Backend = "xla",
+        rngs: nnx.Rngs,
+    ):
+        kv_heads = heads if kv_heads is None else kv_heads
+        if head_width is None and width % heads:
+            raise UserError(f"Attention.heads = {heads} does not divide the width {width}: change one, or set head_width")
+        if heads % kv_heads:
+            raise UserError(f"Attention.kv_heads = {kv_heads} does not divide heads = {heads}")
+        self.heads, self.kv_heads, self.theta, self.backend = heads, kv_heads, theta, backend
+        self.head_width = width // heads if head_width is None else head_width
+        inner = ("embed", "heads", "kv")
+        self.query = param(normal(rngs, (width, heads, self.head_width)), inner)
+        self.key = param(normal(rngs, (width, kv_heads, self.head_width)), inner)
+        self.value = param(normal(rngs, (width, kv_heads, self.head_width)), inner)
+        self.out = param(normal(rngs, (heads, self.head_width, width)), ("heads", "kv", "embed"))
+        self.query_bias = param(jnp.zeros((heads, self.head_width)), ("heads", "kv")) if bias else None
+        self.key_bias = param(jnp.zeros((kv_heads, self.head_width)), ("heads", "kv")) if bias else None
+        self.value_bias = param(jnp.zeros((kv_heads, self.head_width)), ("heads", "kv")) if bias else None
+        self.out_bias = param(jnp.zeros((width,)), ("embed",)) if bias else None
+
+    def __call__(self, hidden: Float[Array, "B S D"], context: Any) -> tuple[Float[Array, "B S D"], Any]:
+        """Mixes tokens; returns the result and the new cache entry (None without a cache).
+
+        With `context.memory` the keys and values come from there.
+        """
+        source = hidden if context.memory is None else context.memory
+        q, k, v = self._project(hidden, source)
+        if self.theta is not None and context.memory is None:
+            q, k = rotate(q, context.positions, self.theta), rotate(k, context.positions, self.theta)
+        cache = None
+        if context.cache is not None:
+            start = (0, context.cache_length, 0, 0)
+            k = jax.lax.dynamic_update_slice(context.cache["key"], k.astype(context.cache["key"].dtype), start)
+            v = jax.lax.dynamic_update_slice(context.cache["value"], v.astype(context.cache["value"].dtype), start)
+            cache = {"key": k, "value": v}
+        if self.kv_heads != self.heads:
+            k, v = (jnp.repeat(x, self.heads // self.kv_heads, axis=2) for x in (k, v))
+        mixed = BACKENDS[self.backend](q, k, v, context.visible, context.bias)
+        mixed = constrain(mixed, "batch", "length", "heads", "kv")
+        out = jnp.einsum("bshk,hkd->bsd", mixed, self.out.get_value().astype(hidden.dtype))
+        return (out if self.out_bias is None else out + self.out_bias.get_value().astype(hidden.dtype)), cache
+
+    def _project(self, hidden, source):
+        """Queries, keys and values; one matrix product where all three have the same shape and source."""
+        cast = lambda p: None if p is None else p.get_value().astype(hidden.dtype)  # noqa: E731
+        kernels = [cast(self.query), cast(self.key), cast(self.value)]
+        biases = [cast(self.query_bias), cast(self.key_bias), cast(self.value_bias)]
+        if source is hidden and self.kv_heads == self.heads:
+            fused = jnp.einsum("bsd,dchk->cbshk", hidden, jnp.stack(kernels, axis=1))
+            parts = [fused[0], fused[1], fused[2]]
+        else:
+            parts = [jnp.einsum("bsd,dhk->bshk", x, w) for x, w in zip((hidden, source, source), kernels, strict=True)]
+        parts = [p if b is None else p + b for p, b in zip(parts, biases, strict=True)]
+        return [constrain(p, "batch", "length", "heads", "kv") for p in parts]
+
+    def empty_cache(self, rows: int, capacity: int, dtype: Any) -> dict[str, Array]:
+        """Room for the keys and values of `capacity` tokens."""
+        shape = (rows, capacity, self.kv_heads, self.head_width)
+        return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}

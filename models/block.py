@@ -1,0 +1,92 @@
+"""A block: mixer, feed-forward and where the norms stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from models.dropout import dropout
+from models.masks import Mask
+from models.side import Sides
+from partitioning import UserError, constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """What a block is told beside the hidden states.
+
+    Args:
+      visible: the mask, lowered, with the segment rule.
+      segments, positions: of the tokens in this call.
+      memory: states to cross-attend to, or None.
+      bias: added to attention scores, or None.
+      cache: this layer's cache entry, or None; `cache_length` tokens are already in it.
+      keys: one dropout key for each row, or None.
+    """
+
+    visible: Bool[Array, "B Q K"]
+    segments: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    memory: Float[Array, "B M D"] | None = None
+    bias: Float[Array, "#B #H Q K"] | None = None
+    cache: Any = None
+    cache_length: Int[Array, ""] | None = None
+    keys: jax.Array | None = None
+
+
+class Block(nnx.Module):
+    """One layer of a trunk.
+
+    pre:  x += mixer(norm(x));  x += feed_forward(norm(x))
+    post: x = norm(x + mixer(x));  x = norm(x + feed_forward(x))
+
+    Args:
+      width: D.
+      mixer, feed_forward, norm: classes, or functions, called with the width (and `rngs`, for the first two).
+      placement: pre or post.
+      mask: what this block allows, on top of the call's mask; None for no limit of its own.
+      dropout: probability that a feature of a branch is zeroed.
+      rngs: where the initial weights come from.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        mixer: Callable[..., nnx.Module],
+        feed_forward: Callable[..., nnx.Module],
+        norm: Callable[..., nnx.Module],
+        placement: Literal["pre", "post"] = "pre",
+        mask: Mask | None = None,
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
+        if not 0 <= dropout < 1:
+            raise UserError(f"dropout = {dropout}: expected a probability in [0, 1)")
+        self.placement, self.mask, self.dropout = placement, nnx.static(mask), dropout
+        self.mixer = mixer(width, rngs=rngs)
+        self.mixer_norm = norm(width)
+        self.feed_forward = feed_forward(width, rngs=rngs)
+        self.feed_forward_norm = norm(width)
+
+    def __call__(self, x: Float[Array, "B S D"], context: Context) -> tuple[Float[Array, "B S D"], Sides, Any]:
+        """Returns the new states, the side terms and the new cache entry."""
+        present = context.segments > 0
+        fold = lambda n: None if context.keys is None else jax.vmap(lambda k: jax.random.fold_in(k, n))(context.keys)  # noqa: E731
+        drop = lambda branch, n: dropout(branch, self.dropout, fold(n))  # noqa: E731
+        place = lambda y: constrain(y, "batch", "length", "embed")  # noqa: E731
+        if self.placement == "pre":
+            mixed, cache = self.mixer(self.mixer_norm(x), context)
+            x = place(x + drop(mixed, 0))
+            out, sides = self.feed_forward(self.feed_forward_norm(x), present)
+            return place(x + drop(out, 1)), sides, cache
+        mixed, cache = self.mixer(x, context)
+        x = place(self.mixer_norm(x + drop(mixed, 0)))
+        out, sides = self.feed_forward(x, present)
+        return place(self.feed_forward_norm(x + drop(out, 1))), sides, cache

@@ -1,0 +1,116 @@
+"""A dropless mixture of experts: a dense oracle and a grouped form."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from models.feed_forward import ACTIVATIONS, Activation
+from models.initializers import normal
+from models.side import Side, Sides
+from models.variables import param
+from partitioning import UserError, constrain
+
+
+class Experts(nnx.Module):
+    """sum_e g_e(x) (act(x W_e) * (x V_e)) U_e over the top k experts of softmax(x R), none dropped.
+
+    Side terms, over the tokens that are not padding:
+      balance: E sum_e f_e P_e, f_e the fraction of the k choices that went to e, P_e the mean probability; 1 when even.
+      z: mean logsumexp(x R)^2.
+
+    Args:
+      width: D.
+      experts: E.
+      top_k: experts a token goes to.
+      hidden: features inside one expert.
+      activation: as in `FeedForward`.
+      renormalise: whether the k weights are divided by their sum.
+      balance, z: coefficients of the side terms, averaged over the layers.
+      form: 'grouped' sorts the tokens by expert and multiplies groups; 'dense' runs every expert on every token.
+      rngs: where the initial weights come from.
+
+    Raises:
+      UserError: top_k larger than the number of experts.
+
+    Source: "OLMoE", Muennighoff et al., 2024; balance term: "Switch Transformers", Fedus et al., 2021.
+    Differs: f counts choices (its sum is 1), so `balance` is divided by top_k against OLMoE's released code.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        experts: int = 8,
+        top_k: int = 2,
+        hidden: int | None = None,
+        activation: Activation = "silu",
+        renormalise: bool = False,
+        balance: float = 0.01,
+        z: float = 0.001,
+        form: Literal["grouped", "dense"] = "grouped",
+        rngs: nnx.Rngs,
+    ):
+        if top_k > experts:
+            raise UserError(f"Experts.top_k = {top_k} is more than Experts.experts = {experts}")
+        hidden = width if hidden is None else hidden
+        self.experts, self.top_k, self.renormalise, self.form = experts, top_k, renormalise, form
+        self.activation, self.balance, self.z = activation, balance, z
+        self.router = param(normal(rngs, (width, experts)), ("embed", None))
+        self.inner = param(normal(rngs, (experts, width, hidden)), ("expert", "embed", "mlp"))
+        self.gate = param(normal(rngs, (experts, width, hidden)), ("expert", "embed", "mlp"))
+        self.outer = param(normal(rngs, (experts, hidden, width)), ("expert", "mlp", "embed"))
+
+    def __call__(self, x: Float[Array, "B S D"], present: Float[Array, "B S"]) -> tuple[Float[Array, "B S D"], Sides]:
+        """Transforms every token; returns the side terms' raw sums over `present` tokens."""
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        logits = x.astype(wide) @ self.router.get_value()
+        probabilities = jax.nn.softmax(logits)
+        weights, chosen = jax.lax.top_k(probabilities, self.top_k)
+        if self.renormalise:
+            weights = weights / weights.sum(-1, keepdims=True)
+        mix = self._grouped if self.form == "grouped" else self._dense
+        out = mix(x.reshape(-1, x.shape[-1]), weights.reshape(-1, self.top_k), chosen.reshape(-1, self.top_k))
+        counts = jax.nn.one_hot(chosen, self.experts, dtype=wide).sum(-2)
+        seen = present.astype(wide)[..., None]
+        tokens = seen.sum()
+        sides = {
+            "balance": Side(
+                total=(probabilities * seen).sum((0, 1)),
+                weight=tokens,
+                fixed=jax.lax.stop_gradient((counts * seen).sum((0, 1))),
+                coefficient=self.balance * self.experts / self.top_k,
+            ),
+            "z": Side(
+                total=(jnp.square(jax.nn.logsumexp(logits, -1)) * seen[..., 0]).sum(), weight=tokens, coefficient=self.z
+            ),
+        }
+        return constrain(out.reshape(x.shape), "batch", "length", "embed"), sides
+
+    def _matrices(self, dtype):
+        return [p.get_value().astype(dtype) for p in (self.inner, self.gate, self.outer)]
+
+    def _dense(
+        self, x: Float[Array, "N D"], weights: Float[Array, "N k"], chosen: Int[Array, "N k"]
+    ) -> Float[Array, "N D"]:
+        """Every expert on every token: the oracle."""
+        inner, gate, outer = self._matrices(x.dtype)
+        act = ACTIVATIONS[self.activation]
+        each = jnp.einsum("nef,efd->ned", act(jnp.einsum("nd,edf->nef", x, inner)) * jnp.einsum("nd,edf->nef", x, gate), outer)
+        share = (jax.nn.one_hot(chosen, self.experts, dtype=weights.dtype) * weights[..., None]).sum(1)
+        return jnp.einsum("ne,ned->nd", share.astype(x.dtype), each)
+
+    def _grouped(
+        self, x: Float[Array, "N D"], weights: Float[Array, "N k"], chosen: Int[Array, "N k"]
+    ) -> Float[Array, "N D"]:
+        """Tokens sorted by expert, one grouped product a matrix; the work is k / E of the dense form's."""
+        inner, gate, outer = self._matrices(x.dtype)
+        order = jnp.argsort(chosen.reshape(-1), stable=True)
+        sizes = jnp.bincount(chosen.reshape(-1), length=self.experts).astype(jnp.int32)
+        rows = x[order // self.top_k]
+        hidden = ACTIVATIONS[self.activation](jax.lax.ragged_dot(rows, inner, sizes)) * jax.lax.ragged_dot(rows, gate, sizes)
+        each = jax.lax.ragged_dot(hidden, outer, sizes)
+        back = jnp.argsort(order)
+        return (each[back].reshape(*chosen.shape, -1) * weights[..., None].astype(x.dtype)).sum(1)

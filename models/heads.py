@@ -1,0 +1,87 @@
+"""Heads: from hidden states to scores over the vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from models.feed_forward import ACTIVATIONS, Activation
+from models.initializers import normal
+from models.norms import LayerNorm
+from models.variables import param
+from models.vocabulary import Vocabulary
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Scores:
+    """Scores over the vocabulary that are not multiplied out: hidden W^T + bias.
+
+    A loss over many tokens takes them in this form and never holds `[tokens, vocab]` at once.
+
+    Args:
+      hidden: `[..., D]`.
+      table: W, with rows past `size` that stand for no token.
+      bias: one number a row of `table`, or None.
+      size: tokens in the vocabulary.
+    """
+
+    hidden: Float[Array, "*B D"]
+    table: Float[Array, "V D"]
+    bias: Float[Array, "V"] | None
+    size: int = field(metadata={"static": True})
+
+    def logits(self) -> Float[Array, "*B size"]:
+        """All scores, in float32 at least."""
+        wide = jnp.promote_types(self.hidden.dtype, jnp.float32)
+        logits = jnp.einsum("...d,vd->...v", self.hidden, self.table, preferred_element_type=wide)
+        logits = logits if self.bias is None else logits + self.bias
+        return logits[..., : self.size]
+
+
+class TiedHead(nnx.Module):
+    """Scores against the token embeddings, which are handed in at call time.
+
+    Args:
+      width: D.
+      vocabulary: of the trunk.
+      multiple: rows of the table are padded to a multiple of this.
+      transform: whether states first go through a dense layer, an activation and a LayerNorm, as in BERT.
+      activation: of the transform.
+      bias: whether each token has a bias.
+      rngs: where the initial weights come from.
+
+    Source: "BERT", Devlin et al., 2019; tying: "Using the Output Embedding", Press and Wolf, 2017.
+    Differs: nothing known.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        vocabulary: Vocabulary,
+        *,
+        multiple: int = 128,
+        transform: bool = False,
+        activation: Activation = "gelu",
+        bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.size, self.activation = vocabulary.size, activation
+        rows = vocabulary.padded(multiple)
+        self.dense = param(normal(rngs, (width, width)), ("embed", "mlp")) if transform else None
+        self.dense_bias = param(jnp.zeros((width,)), ("mlp",)) if transform else None
+        self.norm = LayerNorm(width) if transform else None
+        self.bias = param(jnp.zeros((rows,)), ("vocab",)) if bias else None
+
+    def __call__(self, hidden: Float[Array, "*B D"], table: Float[Array, "V D"]) -> Scores:
+        """The scores of `hidden` against the rows of `table`."""
+        cast = lambda p: p.get_value().astype(hidden.dtype)  # noqa: E731
+        if self.dense is not None and self.norm is not None:
+            hidden = self.norm(ACTIVATIONS[self.activation](hidden @ cast(self.dense) + cast(self.dense_bias)))
+        bias: Any = None if self.bias is None else self.bias.get_value()
+        return Scores(hidden, table.astype(hidden.dtype), bias, self.size)

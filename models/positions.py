@@ -1,0 +1,40 @@
+"""Positions: rotary and learned."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from models.initializers import normal
+from models.variables import param
+
+
+def rotate(x: Float[Array, "B S H K"], positions: Int[Array, "B S"], theta: float) -> Float[Array, "B S H K"]:
+    """Rotates pairs (x_i, x_{i+K/2}) by the angle position * theta^(-2i/K).
+
+    Source: "RoFormer", Su et al., 2021.
+    Differs: the pairs are the two halves of a head (as in GPT-NeoX), not neighbours.
+    """
+    half = x.shape[-1] // 2
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    frequencies = theta ** (-jnp.arange(half, dtype=wide) / half)
+    angles = (positions[..., None] * frequencies)[:, :, None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = x[..., :half].astype(wide), x[..., half:].astype(wide)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class LearnedPositions(nnx.Module):
+    """A learned vector for each place in the document.
+
+    Args:
+      width: D.
+      longest: places that have a vector; a row may not be longer.
+    """
+
+    def __init__(self, width: int, *, longest: int, rngs: nnx.Rngs):
+        self.longest = longest
+        self.table = param(normal(rngs, (longest, width)), ("length", "embed"))
+
+    def __call__(self, positions: Int[Array, "B S"], dtype: jnp.dtype) -> Float[Array, "B S D"]:
+        """The vectors at `positions`, all below `longest`."""
+        return jnp.take(self.table.get_value().astype(dtype), positions, axis=0)

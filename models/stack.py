@@ -1,0 +1,219 @@
+"""A stack repeats a pattern of blocks, scanned over the repetitions so that compile time does not grow with depth.
+
+Layers have an index from the bottom. Those that fit whole repetitions of the pattern are stored stacked, as
+`scanned/<k>/...` with a leading `layers` dimension: entry r of `scanned/<k>` is layer k + r P, where P is the number of
+such <k>. The others are stored as `layers/<i>/...`. Names outside a run (checkpoints, exports) are always by index.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from models.block import Block, Context
+from models.masks import Mask
+from models.side import Sides
+from partitioning import UserError
+
+Remat = Literal["none", "full", "dots", "dots_no_batch"]
+POLICIES: dict[str, Any] = {
+    "full": None,
+    "dots": jax.checkpoint_policies.checkpoint_dots,
+    "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+Make = Callable[..., Block]
+
+
+class Stack(nnx.Module):
+    """`layers` blocks: `head`, then the pattern over and over, the last time perhaps in part.
+
+    Args:
+      width: D.
+      layers: how many blocks there are in all.
+      pattern: block factories, repeated.
+      head: factories of the first blocks, before the pattern starts.
+      scan: whether whole repetitions are scanned; one program for each layer otherwise.
+      unroll: repetitions in one trip of the scan. More is faster on CPU and compiles longer.
+      remat: what the backward pass recomputes: 'none', 'full' (everything), 'dots' (all but matrix products),
+        'dots_no_batch' (all but products with weights).
+      rngs: where the initial weights come from; layer i's do not depend on the grouping.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        layers: int,
+        pattern: Sequence[Make],
+        head: Sequence[Make] = (),
+        scan: bool = True,
+        unroll: int = 1,
+        remat: Remat = "none",
+        rngs: nnx.Rngs,
+    ):
+        if layers < len(head):
+            raise UserError(f"{layers} layers are fewer than the {len(head)} blocks of the stack's head")
+        self.size, self.unroll, self.remat = layers, unroll, remat
+        first, period = len(head), len(pattern)
+        repetitions = (layers - first) // period if scan else 0
+        repetitions = repetitions if repetitions > 1 else 0
+        self.first, self.period, self.repetitions = first, period, repetitions
+        base = rngs.params()
+        factory = lambda i: head[i] if i < first else pattern[(i - first) % period]  # noqa: E731
+        build = lambda i, key: factory(i)(width, rngs=nnx.Rngs(key))  # noqa: E731
+        scanned: dict[str, Block] = {}
+        for k in range(first, first + period) if repetitions else ():
+            indices = jnp.arange(k, k + repetitions * period, period)
+            scanned[str(k)] = _stacked(lambda key, k=k: build(k, key), jax.vmap(lambda i: jax.random.fold_in(base, i))(indices))
+        rest = [*range(first), *range(first + repetitions * period, layers)]
+        self.scanned = nnx.Dict(scanned)
+        self.layers = nnx.Dict({str(i): build(i, jax.random.fold_in(base, i)) for i in rest})
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        context: Context,
+        visible: Callable[[Mask | None], Bool[Array, "B Q K"]],
+        cache: Mapping[str, Any] | None,
+        *,
+        tap: bool = False,
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "L B S D"] | None, Sides, dict[str, Any] | None]:
+        """Runs the layers.
+
+        Args:
+          x: hidden states.
+          context: shared by all blocks; mask, cache and dropout keys are set for each.
+          visible: lowers a block's own mask together with the call's.
+          cache: entries by block, as `empty_cache` makes them, or None.
+          tap: whether every layer's output is returned too.
+
+        Returns:
+          (states, layer outputs or None, side terms by block, new cache or None).
+        """
+        lowered = {m: visible(m) for m in {b.mask for b in (*self.scanned.values(), *self.layers.values())}}
+        sides: Sides = {}
+        entries: dict[str, Any] = {}
+        taps: list[jax.Array] = []
+
+        def apply(block, x, index, entry):
+            keys = context.keys if context.keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(context.keys)
+            return block(x, Context(**_with(context, visible=lowered[block.mask], cache=entry, keys=keys)))
+
+        def single(i, x):
+            name = f"layers/{i}"
+            run = self._rematerialised(lambda x, entry: apply(self.layers[str(i)], x, i, entry))
+            x, side, entry = run(x, None if cache is None else cache[name])
+            sides.update({f"{name}/{key}": value for key, value in side.items()})
+            entries[name] = entry
+            if tap:
+                taps.append(x[None])
+            return x
+
+        for i in range(self.first):
+            x = single(i, x)
+        if self.repetitions:
+            graphs, states = nnx.split(self.scanned)
+            stacked = None if cache is None else {k: cache[f"scanned/{k}"] for k in self.scanned}
+
+            def body(x, slices):
+                state, entry, start = slices
+                blocks = nnx.merge(graphs, state)
+                outs, new, tapped = {}, {}, []
+                for k, block in blocks.items():
+                    x, outs[k], new[k] = apply(block, x, start + int(k), None if entry is None else entry[k])
+                    tapped.append(x)
+                return x, (outs, new, jnp.stack(tapped) if tap else None)
+
+            starts = jnp.arange(self.repetitions) * self.period
+            unroll = min(self.unroll, self.repetitions)
+            x, (outs, new, tapped) = jax.lax.scan(
+                self._rematerialised(body, scan=True), x, (states, stacked, starts), unroll=unroll
+            )
+            for k in outs:
+                sides.update({f"scanned/{k}/{key}": value for key, value in outs[k].items()})
+                entries[f"scanned/{k}"] = new[k]
+            if tap:
+                taps.append(tapped.reshape(-1, *x.shape))
+        for i in range(self.first + self.repetitions * self.period, self.size):
+            x = single(i, x)
+        return x, jnp.concatenate(taps) if tap else None, sides, None if cache is None else entries
+
+    def _rematerialised(self, body, *, scan: bool = False):
+        if self.remat == "none":
+            return body
+        return jax.checkpoint(body, policy=POLICIES[self.remat], prevent_cse=not scan)
+
+    def empty_cache(self, rows: int, capacity: int, dtype: Any) -> dict[str, Any]:
+        """Cache entries for `capacity` tokens, by block; stacked ones have a leading `layers` dimension."""
+        entries = {f"layers/{i}": b.mixer.empty_cache(rows, capacity, dtype) for i, b in self.layers.items()}
+        for k, block in self.scanned.items():
+            one = block.mixer.empty_cache(rows, capacity, dtype)
+            entries[f"scanned/{k}"] = jax.tree.map(lambda x: jnp.zeros((self.repetitions, *x.shape), x.dtype), one)
+        return entries
+
+
+def _with(context: Context, **changes: Any) -> dict[str, Any]:
+    return {**vars(context), **changes}
+
+
+def _stacked(make: Callable[[jax.Array], Block], keys: jax.Array) -> Block:
+    """One block whose arrays have a leading dimension, entry r initialised from `keys[r]`."""
+    values = jax.vmap(lambda key: nnx.to_pure_dict(nnx.split(make(key))[1]))(keys)
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(keys[0])))
+    nnx.replace_by_pure_dict(state, values)
+    return nnx.merge(graph, state)
+
+
+_SCANNED = re.compile(r"(?P<prefix>.*/)?scanned/(?P<k>\d+)/(?P<rest>.*)")
+
+
+def _periods(names: Sequence[str]) -> dict[str, int]:
+    """How many blocks the pattern has, by the prefix of the stack."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        if match := _SCANNED.fullmatch(name):
+            found.setdefault(match["prefix"] or "", set()).add(match["k"])
+    return {prefix: len(ks) for prefix, ks in found.items()}
+
+
+def unstack(flat: Mapping[str, Any], split: Callable[[Any], Sequence[Any]] = list) -> dict[str, Any]:
+    """Names every layer by its index: `scanned/<k>/w` of shape [R, ...] becomes R entries `layers/<i>/w`.
+
+    Args:
+      flat: values by name.
+      split: how a stacked value is taken apart along its first dimension.
+    """
+    periods, out = _periods(list(flat)), {}
+    for name, value in flat.items():
+        if match := _SCANNED.fullmatch(name):
+            prefix = match["prefix"] or ""
+            for r, part in enumerate(split(value)):
+                out[f"{prefix}layers/{int(match['k']) + r * periods[prefix]}/{match['rest']}"] = part
+        else:
+            out[name] = value
+    return out
+
+
+def restack(
+    flat: Mapping[str, Any], like: Mapping[str, Any], join: Callable[[list[Any]], Any] = jnp.stack
+) -> dict[str, Any]:
+    """The inverse of `unstack`, into the grouping of `like` (arrays or shapes by name).
+
+    Raises:
+      KeyError: a layer that `like` needs is not in `flat`.
+    """
+    periods, out = _periods(list(like)), {}
+    for name, value in like.items():
+        if match := _SCANNED.fullmatch(name):
+            prefix = match["prefix"] or ""
+            layers = (int(match["k"]) + r * periods[prefix] for r in range(value.shape[0]))
+            out[name] = join([flat[f"{prefix}layers/{i}/{match['rest']}"] for i in layers])
+        else:
+            out[name] = flat[name]
+    return out

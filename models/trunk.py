@@ -1,0 +1,208 @@
+"""The trunk: an embedder, a stack of blocks, a final norm and a head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from models.attention import Attention
+from models.block import Block, Context
+from models.feed_forward import FeedForward
+from models.heads import Scores, TiedHead
+from models.initializers import normal
+from models.masks import Bidirectional, Both, Mask, Tokens, lower
+from models.norms import RMSNorm
+from models.side import Sides
+from models.stack import Remat, Stack
+from models.variables import param
+from models.vocabulary import Vocabulary
+from partitioning import UserError, constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Output:
+    """What a call of a trunk returns.
+
+    Args:
+      hidden: states after the final norm.
+      taps: what was asked for by name: `layers`, the states before the first and after every layer.
+      aux: side terms by block, raw sums.
+      cache: the cache with this call's tokens in it, or None.
+    """
+
+    hidden: Float[Array, "B S D"]
+    taps: dict[str, Array] = field(default_factory=dict)
+    aux: Sides = field(default_factory=dict)
+    cache: dict[str, Any] | None = None
+
+
+class Trunk(nnx.Module):
+    """A text network; whether it is an encoder, a decoder or a prefix decoder is the mask's business.
+
+    Args:
+      vocabulary: of the tokens.
+      width: D.
+      layers: how many blocks.
+      mixer, feed_forward, norm, placement, dropout: what a block is made of, where `pattern` is None.
+      pattern: block factories, repeated over the layers; each is called with the width and `rngs`.
+      head_blocks: factories of the first blocks, before the pattern.
+      positions: learned positions, a class called with the width; None where the mixers know positions.
+      embedding_norm, final_norm: whether there is a norm after the embeddings, and one after the last block.
+      embedding_scale: whether embeddings are multiplied by sqrt(D).
+      head: the scores' module, called with (width, vocabulary).
+      vocab_multiple: the embedding table's rows are padded to a multiple of this, so that they divide over a mesh.
+      dtype: of the computation; parameters and norms are float32.
+      scan, unroll, remat: as in `Stack`.
+      rngs: where the initial weights come from.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        width: int = 256,
+        layers: int = 4,
+        mixer: Callable[..., nnx.Module] | None = None,
+        feed_forward: Callable[..., nnx.Module] | None = None,
+        norm: Callable[..., nnx.Module] | None = None,
+        placement: Literal["pre", "post"] = "pre",
+        dropout: float = 0.0,
+        pattern: Sequence[Callable[..., Block]] | None = None,
+        head_blocks: Sequence[Callable[..., Block]] = (),
+        positions: Callable[..., nnx.Module] | None = None,
+        embedding_norm: bool = False,
+        final_norm: bool = True,
+        embedding_scale: bool = False,
+        head: Callable[..., TiedHead] | None = None,
+        vocab_multiple: int = 128,
+        dtype: Literal["float32", "bfloat16", "float64"] = "float32",
+        scan: bool = True,
+        unroll: int = 1,
+        remat: Remat = "none",
+        rngs: nnx.Rngs,
+    ):
+        norm = RMSNorm if norm is None else norm
+        self.vocabulary, self.width, self.dtype = vocabulary, width, dtype
+        self.embedding_scale = embedding_scale
+        self.table = param(normal(rngs, (vocabulary.padded(vocab_multiple), width)), ("vocab", "embed"))
+        self.positions = None if positions is None else positions(width, rngs=rngs)
+        self.embedding_norm = norm(width) if embedding_norm else None
+        plain = partial(
+            Block,
+            mixer=Attention if mixer is None else mixer,
+            feed_forward=FeedForward if feed_forward is None else feed_forward,
+            norm=norm,
+            placement=placement,
+            dropout=dropout,
+        )
+        pattern = (plain,) if pattern is None else tuple(pattern)
+        self.stack = Stack(
+            width, layers=layers, pattern=pattern, head=tuple(head_blocks), scan=scan, unroll=unroll, remat=remat, rngs=rngs
+        )
+        self.final_norm = norm(width) if final_norm else None
+        self.head = (TiedHead if head is None else head)(width, vocabulary, multiple=vocab_multiple, rngs=rngs)
+
+    def embed(self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Token vectors with learned positions, scale and norm where the trunk has them.
+
+        Raises:
+          UserError: the row is longer than the learned positions.
+        """
+        x = jnp.take(self.table.get_value().astype(self.dtype), tokens, axis=0)
+        if self.embedding_scale:
+            x = x * jnp.sqrt(jnp.asarray(self.width, x.dtype))
+        if self.positions is not None:
+            if tokens.shape[1] > self.positions.longest:
+                raise UserError(f"rows of {tokens.shape[1]} tokens are longer than positions.longest = {self.positions.longest}")
+            x = x + self.positions(positions, x.dtype)
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
+        return constrain(x, "batch", "length", "embed")
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"] | None = None,
+        *,
+        segments: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        mask: Mask | None = None,
+        embeddings: Float[Array, "B S D"] | None = None,
+        memory: Float[Array, "B M D"] | None = None,
+        bias: Float[Array, "#B #H S K"] | None = None,
+        cache: dict[str, Any] | None = None,
+        keys: jax.Array | None = None,
+        taps: Sequence[Literal["layers"]] = (),
+    ) -> Output:
+        """Runs the trunk.
+
+        Args:
+          tokens: token ids; or give `embeddings`, what `embed` would have returned.
+          segments: the document of each token, 0 for padding.
+          positions: places within the document.
+          mask: who may see whom; the segment rule is always added. Bidirectional by default.
+          memory: states that blocks cross-attend to.
+          bias: added to attention scores.
+          cache: from `empty_cache` or an earlier call; these tokens come after the ones in it.
+          keys: one dropout key a row; None for no dropout.
+          taps: what else to return.
+
+        Raises:
+          UserError: both or neither of tokens and embeddings, or a row that is too long.
+        """
+        if (tokens is None) == (embeddings is None):
+            raise UserError("a trunk takes either tokens or embeddings")
+        x = self.embed(tokens, positions) if tokens is not None else embeddings.astype(self.dtype)  # type: ignore[union-attr]
+        start = jnp.zeros((), jnp.int32) if cache is None else cache["length"]
+        query = Tokens(start + jnp.arange(x.shape[1], dtype=jnp.int32), segments, positions)
+        key, entries = query, None
+        if cache is not None:
+            write = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, start))  # noqa: E731
+            key = Tokens(
+                jnp.arange(cache["segments"].shape[1], dtype=jnp.int32),
+                write(cache["segments"], segments),
+                write(cache["positions"], positions),
+            )
+            entries = cache["entries"]
+        asked = Bidirectional() if mask is None else mask
+        visible = lambda own: lower(asked if own is None else Both(asked, own), query, key)  # noqa: E731
+        context = Context(
+            visible=jnp.ones((1, 1, 1), bool), segments=segments, positions=positions, memory=memory, bias=bias,
+            cache_length=start, keys=keys,
+        )  # fmt: skip
+        first = x
+        x, layers, sides, entries = self.stack(x, context, visible, entries, tap="layers" in taps)
+        x = x if self.final_norm is None else self.final_norm(x)
+        new = None
+        if entries is not None:
+            new = {"length": start + x.shape[1], "segments": key.segments, "positions": key.positions, "entries": entries}
+        tapped = {} if layers is None else {"layers": jnp.concatenate([first[None], layers])}
+        return Output(x, tapped, _averaged(sides), new)
+
+    def scores(self, hidden: Float[Array, "*B D"]) -> Scores:
+        """Scores of hidden states over the vocabulary, not multiplied out."""
+        return self.head(hidden, self.table.get_value())
+
+    def empty_cache(self, rows: int, capacity: int) -> dict[str, Any]:
+        """Room for `capacity` tokens of `rows` rows."""
+        return {
+            "length": jnp.zeros((), jnp.int32),
+            "segments": jnp.zeros((rows, capacity), jnp.int32),
+            "positions": jnp.zeros((rows, capacity), jnp.int32),
+            "entries": self.stack.empty_cache(rows, capacity, self.dtype),
+        }
+
+
+def _averaged(sides: Sides) -> Sides:
+    """Side terms of one name are averaged over the layers that have them."""
+    layers: dict[str, int] = {}
+    for name, side in sides.items():
+        kind = name.rsplit("/", 1)[1]
+        layers[kind] = layers.get(kind, 0) + (side.weight.shape[0] if side.weight.ndim else 1)
+    return {n: replace(s, coefficient=s.coefficient / layers[n.rsplit("/", 1)[1]]) for n, s in sides.items()}

@@ -1,0 +1,46 @@
+"""One function builds every mesh."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from partitioning.axes import MESH_AXES
+from partitioning.errors import UserError
+
+
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Builds a mesh that has every mesh axis, those not named in `shape` with size 1.
+
+    Args:
+      shape: sizes by mesh axis, such as `{"fsdp": -1, "tensor": 2}`; one size may be -1, 'all that is left'.
+        None puts every device on `data`.
+      devices: the devices to use; all of them by default.
+
+    Returns:
+      A mesh with axes `MESH_AXES` in that order, all of type Auto, so that every partition rule names axes that exist.
+
+    Raises:
+      UserError: an unknown axis, a size that is not positive, or sizes whose product is not the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = dict(shape) if shape else {"data": -1}
+    for name, size in shape.items():
+        if name not in MESH_AXES:
+            raise UserError(f"mesh axis {name!r} is unknown: use one of {', '.join(MESH_AXES)}")
+        if size < 1 and size != -1:
+            raise UserError(f"mesh axis {name!r} has size {size}: use a positive size, or -1 for all devices left")
+    free = [name for name, size in shape.items() if size == -1]
+    if len(free) > 1:
+        raise UserError(f"mesh axes {' and '.join(free)} both have size -1: only one may take the devices left")
+    fixed = int(np.prod([size for size in shape.values() if size != -1]))
+    if free:
+        if len(devices) % fixed:
+            raise UserError(f"{len(devices)} devices cannot be divided by the mesh sizes {shape}: change a size")
+        shape[free[0]] = len(devices) // fixed
+    elif fixed != len(devices):
+        raise UserError(f"mesh sizes {shape} need {fixed} devices, and there are {len(devices)}: change a size, or use -1")
+    sizes = [shape.get(name, 1) for name in MESH_AXES]
+    grid = jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(sizes))
+    return grid

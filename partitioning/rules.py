@@ -1,0 +1,190 @@
+"""Rules from logical axis names to mesh axes, in two tables over one vocabulary."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from partitioning.axes import AXES, MESH_AXES
+from partitioning.errors import UserError
+from partitioning.mesh import make_mesh
+
+Names = tuple[str | None, ...]
+Table = Mapping[str, tuple[str, ...]]
+_SCOPE: contextvars.ContextVar["Placement | None"] = contextvars.ContextVar("placement", default=None)
+
+BATCH_AXES = ("slice", "data", "fsdp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Where each logical axis lives.
+
+    Args:
+      mesh: sizes by mesh axis, as `make_mesh` takes them.
+      parameters: mesh axes by logical axis, for parameters, buffers and optimizer state. `()` says that the axis is
+        deliberately not sharded; an axis that is absent is an error when an array has it.
+      activations: the same for activations. `embed` may be sharded in one table and not in the other.
+
+    Raises:
+      UserError: a name outside the vocabulary, or a mesh axis that does not exist.
+    """
+
+    mesh: Mapping[str, int]
+    parameters: Table
+    activations: Table
+
+    def __post_init__(self):
+        for title, table in (("parameters", self.parameters), ("activations", self.activations)):
+            for name, places in table.items():
+                if name not in AXES:
+                    raise UserError(f"rule {title}.{name}: no such logical axis: use one of {', '.join(AXES)}")
+                for place in places:
+                    if place not in MESH_AXES:
+                        raise UserError(f"rule {title}.{name} -> {place}: no such mesh axis: use one of {', '.join(MESH_AXES)}")
+
+    def place(self, devices=None) -> "Placement":
+        """These rules on a mesh of `devices` (all by default)."""
+        return Placement(self, make_mesh(self.mesh, devices))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Rules bound to a mesh: what the training path asks for every sharding."""
+
+    rules: Rules
+    mesh: Mesh
+
+    def spec(
+        self, names: Names, shape: tuple[int, ...], *, table: Literal["parameters", "activations"], what: str
+    ) -> PartitionSpec:
+        """The partition spec of one array, by its logical names.
+
+        Args:
+          names: a logical axis, or None for 'not sharded', for each dimension.
+          shape: the array's shape.
+          table: which table to read.
+          what: the array's name, for messages.
+
+        Raises:
+          UserError: a dimension without a rule, two dimensions on one mesh axis, or a dimension that does not divide.
+        """
+        if len(names) != len(shape):
+            raise UserError(f"{what} has shape {shape} and axis names {names}: give one name, or None, for each dimension")
+        chosen: Table = getattr(self.rules, table)
+        entries: list[Any] = []
+        taken: dict[str, str] = {}
+        for name, size in zip(names, shape, strict=True):
+            if name is None:
+                entries.append(None)
+                continue
+            if name not in chosen:
+                raise UserError(f"{what}: no rule for the axis {name!r}: add it to rules.{table}, with () for 'not sharded'")
+            places = tuple(p for p in chosen[name] if self.mesh.shape[p] > 1)
+            for place in places:
+                if place in taken:
+                    raise UserError(
+                        f"{what}: axes {taken[place]!r} and {name!r} both go to mesh axis {place!r}: change one of the two rules"
+                    )
+                taken[place] = name
+            ways = int(np.prod([self.mesh.shape[p] for p in places]))
+            if size % ways:
+                raise UserError(
+                    f"{what}: axis {name!r} of size {size} does not divide over {' x '.join(places)} = {ways} devices: "
+                    f"use a multiple of {ways}, or change the mesh or the rule"
+                )
+            entries.append(None if not places else places[0] if len(places) == 1 else places)
+        while entries and entries[-1] is None:
+            entries.pop()
+        return PartitionSpec(*entries)
+
+    def parameter(self, names: Names, shape: tuple[int, ...], what: str) -> NamedSharding:
+        """The sharding of a parameter, buffer or optimizer moment."""
+        return NamedSharding(self.mesh, self.spec(names, shape, table="parameters", what=what))
+
+    def rows(self, shape: tuple[int, ...], what: str) -> NamedSharding:
+        """The sharding of a batch field, whose first dimension is the row."""
+        names = ("batch",) + (None,) * (len(shape) - 1)
+        return NamedSharding(self.mesh, self.spec(names, shape, table="activations", what=what))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The sharding of what every device holds whole."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        """Makes `constrain` use this placement inside the block."""
+        token = _SCOPE.set(self)
+        try:
+            yield
+        finally:
+            _SCOPE.reset(token)
+
+    def explain(self, leaves: Mapping[str, tuple[tuple[int, ...], Any, Names]]) -> list[tuple[str, str, str, str, int]]:
+        """What each leaf does on this mesh.
+
+        Args:
+          leaves: (shape, dtype, logical names) by leaf name.
+
+        Returns:
+          Rows of (leaf, shape, logical names, partition spec, bytes on each device).
+        """
+        rows = []
+        for name, (shape, dtype, names) in leaves.items():
+            sharding = self.parameter(names, shape, name)
+            local = int(np.prod(sharding.shard_shape(shape))) * np.dtype(dtype).itemsize
+            rows.append((name, str(tuple(shape)), str(names), str(sharding.spec), local))
+        return rows
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Places an activation by the logical names of its dimensions.
+
+    Outside a rule scope there is one device and nothing to place; with an ambient mesh and no scope a constraint would
+    silently do nothing, and raises.
+
+    Raises:
+      UserError: a mesh is set and no rule scope is, or the names break a rule.
+    """
+    placement = _SCOPE.get()
+    if placement is None:
+        if not jax.sharding.get_abstract_mesh().empty:
+            raise UserError("a mesh is set but no partition rules are: wrap the call in `with rules.place().scope():`")
+        return x
+    spec = placement.spec(names, x.shape, table="activations", what=f"activation {names}")
+    return jax.lax.with_sharding_constraint(x, NamedSharding(placement.mesh, spec))
+
+
+def table(**places: tuple[str, ...]) -> Table:
+    """A whole table: the axes that are named go where it says, every other axis of the vocabulary is not sharded."""
+    return {name: () for name in AXES} | places
+
+
+def data() -> Rules:
+    """Data parallel: every device holds the whole model and a part of the rows."""
+    return Rules(mesh={"data": -1}, parameters=table(), activations=table(batch=BATCH_AXES))
+
+
+def fsdp() -> Rules:
+    """Fully sharded: parameters and optimizer state are cut along `embed`, rows along the same devices."""
+    return Rules(mesh={"fsdp": -1}, parameters=table(embed=("fsdp",)), activations=table(batch=BATCH_AXES))
+
+
+def fsdp_tensor(tensor: int = 2) -> Rules:
+    """Fully sharded, and heads, feed-forward and vocabulary cut over `tensor` devices.
+
+    Args:
+      tensor: devices that share one row's matrices.
+    """
+    wide: dict[str, tuple[str, ...]] = {name: ("tensor",) for name in ("heads", "mlp", "vocab")}
+    return Rules(
+        mesh={"fsdp": -1, "tensor": tensor},
+        parameters=table(embed=("fsdp",), **wide),
+        activations=table(batch=BATCH_AXES, **wide),
+    )
