@@ -17,7 +17,10 @@ Backend = Literal["xla", "reference"]
 
 
 def reference(
-    q: Float[Array, "B Q H K"], k: Float[Array, "B S H K"], v: Float[Array, "B S H K"], visible: Bool[Array, "B Q S"],
+    q: Float[Array, "B Q H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
+    visible: Bool[Array, "B Q S"],
     bias: Float[Array, "#B #H Q S"] | None,
 ) -> Float[Array, "B Q H K"]:
     """softmax(q kT / sqrt(K) + bias) v over the visible keys, written as on paper; a query that sees nothing gets 0."""
@@ -30,7 +33,10 @@ def reference(
 
 
 def xla(
-    q: Float[Array, "B Q H K"], k: Float[Array, "B S H K"], v: Float[Array, "B S H K"], visible: Bool[Array, "B Q S"],
+    q: Float[Array, "B Q H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
+    visible: Bool[Array, "B Q S"],
     bias: Float[Array, "#B #H Q S"] | None,
 ) -> Float[Array, "B Q H K"]:
     """The same for training: scores in float32 whatever the inputs, the normaliser applied to the output."""
@@ -86,7 +92,9 @@ class Attention(nnx.Module):
     ):
         kv_heads = heads if kv_heads is None else kv_heads
         if head_width is None and width % heads:
-            raise UserError(f"Attention.heads = {heads} does not divide the width {width}: change one, or set head_width")
+            raise UserError(
+                f"Attention.heads = {heads} does not divide the width {width}: change one, or set head_width"
+            )
         if heads % kv_heads:
             raise UserError(f"Attention.kv_heads = {kv_heads} does not divide heads = {heads}")
         self.heads, self.kv_heads, self.theta, self.backend = heads, kv_heads, theta, backend

@@ -78,10 +78,10 @@ class Experts(nnx.Module):
         tokens = seen.sum()
         sides = {
             "balance": Side(
-                total=(probabilities * seen).sum((0, 1)),
+                total=(probabilities * seen).sum((0, 1)) * (self.experts / self.top_k),
                 weight=tokens,
                 fixed=jax.lax.stop_gradient((counts * seen).sum((0, 1))),
-                coefficient=self.balance * self.experts / self.top_k,
+                coefficient=self.balance,
             ),
             "z": Side(
                 total=(jnp.square(jax.nn.logsumexp(logits, -1)) * seen[..., 0]).sum(), weight=tokens, coefficient=self.z
@@ -98,7 +98,9 @@ class Experts(nnx.Module):
         """Every expert on every token: the oracle."""
         inner, gate, outer = self._matrices(x.dtype)
         act = ACTIVATIONS[self.activation]
-        each = jnp.einsum("nef,efd->ned", act(jnp.einsum("nd,edf->nef", x, inner)) * jnp.einsum("nd,edf->nef", x, gate), outer)
+        each = jnp.einsum(
+            "nef,efd->ned", act(jnp.einsum("nd,edf->nef", x, inner)) * jnp.einsum("nd,edf->nef", x, gate), outer
+        )
         share = (jax.nn.one_hot(chosen, self.experts, dtype=weights.dtype) * weights[..., None]).sum(1)
         return jnp.einsum("ne,ned->nd", share.astype(x.dtype), each)
 
@@ -110,7 +112,9 @@ class Experts(nnx.Module):
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         sizes = jnp.bincount(chosen.reshape(-1), length=self.experts).astype(jnp.int32)
         rows = x[order // self.top_k]
-        hidden = ACTIVATIONS[self.activation](jax.lax.ragged_dot(rows, inner, sizes)) * jax.lax.ragged_dot(rows, gate, sizes)
+        hidden = ACTIVATIONS[self.activation](jax.lax.ragged_dot(rows, inner, sizes)) * jax.lax.ragged_dot(
+            rows, gate, sizes
+        )
         each = jax.lax.ragged_dot(hidden, outer, sizes)
         back = jnp.argsort(order)
         return (each[back].reshape(*chosen.shape, -1) * weights[..., None].astype(x.dtype)).sum(1)

@@ -33,7 +33,7 @@ class Scores:
 
     hidden: Float[Array, "*B D"]
     table: Float[Array, "V D"]
-    bias: Float[Array, "V"] | None
+    bias: Float[Array, V] | None
     size: int = field(metadata={"static": True})
 
     def logits(self) -> Float[Array, "*B size"]:

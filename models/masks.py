@@ -27,7 +27,7 @@ class Tokens:
       positions: places within the document.
     """
 
-    index: Int[Array, "S"]
+    index: Int[Array, S]
     segments: Int[Array, "B S"]
     positions: Int[Array, "B S"]
 
@@ -229,7 +229,7 @@ class ByRow(Mask):
       choose: which rows take `yes`, `[B]`.
     """
 
-    choose: Bool[Array, "B"]
+    choose: Bool[Array, B]
     yes: Mask
     no: Mask
 

@@ -70,7 +70,9 @@ class Stack(nnx.Module):
         scanned: dict[str, Block] = {}
         for k in range(first, first + period) if repetitions else ():
             indices = jnp.arange(k, k + repetitions * period, period)
-            scanned[str(k)] = _stacked(lambda key, k=k: build(k, key), jax.vmap(lambda i: jax.random.fold_in(base, i))(indices))
+            scanned[str(k)] = _stacked(
+                lambda key, k=k: build(k, key), jax.vmap(lambda i: jax.random.fold_in(base, i))(indices)
+            )
         rest = [*range(first), *range(first + repetitions * period, layers)]
         self.scanned = nnx.Dict(scanned)
         self.layers = nnx.Dict({str(i): build(i, jax.random.fold_in(base, i)) for i in rest})
@@ -102,7 +104,9 @@ class Stack(nnx.Module):
         taps: list[jax.Array] = []
 
         def apply(block, x, index, entry):
-            keys = context.keys if context.keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(context.keys)
+            keys = (
+                context.keys if context.keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(context.keys)
+            )
             return block(x, Context(**_with(context, visible=lowered[block.mask], cache=entry, keys=keys)))
 
         def single(i, x):
@@ -173,47 +177,55 @@ def _stacked(make: Callable[[jax.Array], Block], keys: jax.Array) -> Block:
 _SCANNED = re.compile(r"(?P<prefix>.*/)?scanned/(?P<k>\d+)/(?P<rest>.*)")
 
 
-def _periods(names: Sequence[str]) -> dict[str, int]:
-    """How many blocks the pattern has, by the prefix of the stack."""
-    found: dict[str, set[str]] = {}
-    for name in names:
-        if match := _SCANNED.fullmatch(name):
-            found.setdefault(match["prefix"] or "", set()).add(match["k"])
-    return {prefix: len(ks) for prefix, ks in found.items()}
-
-
-def unstack(flat: Mapping[str, Any], split: Callable[[Any], Sequence[Any]] = list) -> dict[str, Any]:
-    """Names every layer by its index: `scanned/<k>/w` of shape [R, ...] becomes R entries `layers/<i>/w`.
+def layer_names(shapes: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The names by index of every leaf: `scanned/<k>/w` of shape [R, ...] has R names `layers/<i>/w`, others their own.
 
     Args:
-      flat: values by name.
-      split: how a stacked value is taken apart along its first dimension.
+      shapes: all leaves of a model (arrays or abstract ones), by name.
     """
-    periods, out = _periods(list(flat)), {}
+    matches = {name: _SCANNED.fullmatch(name) for name in shapes}
+    patterns: dict[str, set[str]] = {}
+    for match in filter(None, matches.values()):
+        patterns.setdefault(match["prefix"] or "", set()).add(match["k"])
+
+    def names(name: str) -> tuple[str, ...]:
+        match = matches[name]
+        if match is None:
+            return (name,)
+        prefix = match["prefix"] or ""
+        period = len(patterns[prefix])
+        layers = (int(match["k"]) + r * period for r in range(shapes[name].shape[0]))
+        return tuple(f"{prefix}layers/{i}/{match['rest']}" for i in layers)
+
+    return {name: names(name) for name in shapes}
+
+
+def unstack(flat: Mapping[str, Any], names: Mapping[str, tuple[str, ...]] | None = None) -> dict[str, Any]:
+    """Names every layer by its index.
+
+    Args:
+      flat: arrays, or trees of arrays with the layer first, by leaf name.
+      names: from `layer_names`; of `flat` itself by default.
+    """
+    names = layer_names(flat) if names is None else names
+    out: dict[str, Any] = {}
     for name, value in flat.items():
-        if match := _SCANNED.fullmatch(name):
-            prefix = match["prefix"] or ""
-            for r, part in enumerate(split(value)):
-                out[f"{prefix}layers/{int(match['k']) + r * periods[prefix]}/{match['rest']}"] = part
-        else:
+        if names[name] == (name,):
             out[name] = value
+        else:
+            for r, layer in enumerate(names[name]):
+                out[layer] = jax.tree.map(lambda x, r=r: x[r], value)
     return out
 
 
-def restack(
-    flat: Mapping[str, Any], like: Mapping[str, Any], join: Callable[[list[Any]], Any] = jnp.stack
-) -> dict[str, Any]:
-    """The inverse of `unstack`, into the grouping of `like` (arrays or shapes by name).
+def restack(flat: Mapping[str, Any], names: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """The inverse of `unstack`: the leaves that `names` lists, each stacked from its layers.
 
     Raises:
-      KeyError: a layer that `like` needs is not in `flat`.
+      KeyError: a layer that is not in `flat`.
     """
-    periods, out = _periods(list(like)), {}
-    for name, value in like.items():
-        if match := _SCANNED.fullmatch(name):
-            prefix = match["prefix"] or ""
-            layers = (int(match["k"]) + r * periods[prefix] for r in range(value.shape[0]))
-            out[name] = join([flat[f"{prefix}layers/{i}/{match['rest']}"] for i in layers])
-        else:
-            out[name] = flat[name]
-    return out
+    join = lambda *layers: jnp.stack(layers)  # noqa: E731
+    return {
+        name: flat[name] if layers == (name,) else jax.tree.map(join, *(flat[layer] for layer in layers))
+        for name, layers in names.items()
+    }

@@ -55,6 +55,8 @@ class Trunk(nnx.Module):
       pattern: block factories, repeated over the layers; each is called with the width and `rngs`.
       head_blocks: factories of the first blocks, before the pattern.
       positions: learned positions, a class called with the width; None where the mixers know positions.
+      embeddings: whether the trunk has token embeddings and a head; one without is called with `embeddings` and scores
+        against another trunk's table.
       embedding_norm, final_norm: whether there is a norm after the embeddings, and one after the last block.
       embedding_scale: whether embeddings are multiplied by sqrt(D).
       head: the scores' module, called with (width, vocabulary).
@@ -78,6 +80,7 @@ class Trunk(nnx.Module):
         pattern: Sequence[Callable[..., Block]] | None = None,
         head_blocks: Sequence[Callable[..., Block]] = (),
         positions: Callable[..., nnx.Module] | None = None,
+        embeddings: bool = True,
         embedding_norm: bool = False,
         final_norm: bool = True,
         embedding_scale: bool = False,
@@ -92,7 +95,8 @@ class Trunk(nnx.Module):
         norm = RMSNorm if norm is None else norm
         self.vocabulary, self.width, self.dtype = vocabulary, width, dtype
         self.embedding_scale = embedding_scale
-        self.table = param(normal(rngs, (vocabulary.padded(vocab_multiple), width)), ("vocab", "embed"))
+        rows = vocabulary.padded(vocab_multiple)
+        self.table = param(normal(rngs, (rows, width)), ("vocab", "embed")) if embeddings else None
         self.positions = None if positions is None else positions(width, rngs=rngs)
         self.embedding_norm = norm(width) if embedding_norm else None
         plain = partial(
@@ -105,10 +109,18 @@ class Trunk(nnx.Module):
         )
         pattern = (plain,) if pattern is None else tuple(pattern)
         self.stack = Stack(
-            width, layers=layers, pattern=pattern, head=tuple(head_blocks), scan=scan, unroll=unroll, remat=remat, rngs=rngs
+            width,
+            layers=layers,
+            pattern=pattern,
+            head=tuple(head_blocks),
+            scan=scan,
+            unroll=unroll,
+            remat=remat,
+            rngs=rngs,
         )
         self.final_norm = norm(width) if final_norm else None
-        self.head = (TiedHead if head is None else head)(width, vocabulary, multiple=vocab_multiple, rngs=rngs)
+        make_head = TiedHead if head is None else head
+        self.head = make_head(width, vocabulary, multiple=vocab_multiple, rngs=rngs) if embeddings else None
 
     def embed(self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Token vectors with learned positions, scale and norm where the trunk has them.
@@ -116,12 +128,16 @@ class Trunk(nnx.Module):
         Raises:
           UserError: the row is longer than the learned positions.
         """
+        if self.table is None:
+            raise UserError("this trunk has no token embeddings: call it with `embeddings`")
         x = jnp.take(self.table.get_value().astype(self.dtype), tokens, axis=0)
         if self.embedding_scale:
             x = x * jnp.sqrt(jnp.asarray(self.width, x.dtype))
         if self.positions is not None:
             if tokens.shape[1] > self.positions.longest:
-                raise UserError(f"rows of {tokens.shape[1]} tokens are longer than positions.longest = {self.positions.longest}")
+                raise UserError(
+                    f"rows of {tokens.shape[1]} tokens are longer than positions.longest = {self.positions.longest}"
+                )
             x = x + self.positions(positions, x.dtype)
         x = x if self.embedding_norm is None else self.embedding_norm(x)
         return constrain(x, "batch", "length", "embed")
@@ -158,7 +174,10 @@ class Trunk(nnx.Module):
         """
         if (tokens is None) == (embeddings is None):
             raise UserError("a trunk takes either tokens or embeddings")
-        x = self.embed(tokens, positions) if tokens is not None else embeddings.astype(self.dtype)  # type: ignore[union-attr]
+        if tokens is not None:
+            embeddings = self.embed(tokens, positions)
+        assert embeddings is not None
+        x = embeddings.astype(self.dtype)
         start = jnp.zeros((), jnp.int32) if cache is None else cache["length"]
         query = Tokens(start + jnp.arange(x.shape[1], dtype=jnp.int32), segments, positions)
         key, entries = query, None
@@ -181,12 +200,19 @@ class Trunk(nnx.Module):
         x = x if self.final_norm is None else self.final_norm(x)
         new = None
         if entries is not None:
-            new = {"length": start + x.shape[1], "segments": key.segments, "positions": key.positions, "entries": entries}
+            new = {
+                "length": start + x.shape[1],
+                "segments": key.segments,
+                "positions": key.positions,
+                "entries": entries,
+            }
         tapped = {} if layers is None else {"layers": jnp.concatenate([first[None], layers])}
         return Output(x, tapped, _averaged(sides), new)
 
     def scores(self, hidden: Float[Array, "*B D"]) -> Scores:
         """Scores of hidden states over the vocabulary, not multiplied out."""
+        if self.table is None or self.head is None:
+            raise UserError("this trunk has no token embeddings to score against: use those of the trunk that has")
         return self.head(hidden, self.table.get_value())
 
     def empty_cache(self, rows: int, capacity: int) -> dict[str, Any]:

@@ -40,7 +40,9 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
             raise UserError(f"{len(devices)} devices cannot be divided by the mesh sizes {shape}: change a size")
         shape[free[0]] = len(devices) // fixed
     elif fixed != len(devices):
-        raise UserError(f"mesh sizes {shape} need {fixed} devices, and there are {len(devices)}: change a size, or use -1")
+        raise UserError(
+            f"mesh sizes {shape} need {fixed} devices, and there are {len(devices)}: change a size, or use -1"
+        )
     sizes = [shape.get(name, 1) for name in MESH_AXES]
     grid = jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(sizes))
     return grid

@@ -46,7 +46,9 @@ class Rules:
                     raise UserError(f"rule {title}.{name}: no such logical axis: use one of {', '.join(AXES)}")
                 for place in places:
                     if place not in MESH_AXES:
-                        raise UserError(f"rule {title}.{name} -> {place}: no such mesh axis: use one of {', '.join(MESH_AXES)}")
+                        raise UserError(
+                            f"rule {title}.{name} -> {place}: no such mesh axis: use one of {', '.join(MESH_AXES)}"
+                        )
 
     def place(self, devices=None) -> "Placement":
         """These rules on a mesh of `devices` (all by default)."""
@@ -75,7 +77,9 @@ class Placement:
           UserError: a dimension without a rule, two dimensions on one mesh axis, or a dimension that does not divide.
         """
         if len(names) != len(shape):
-            raise UserError(f"{what} has shape {shape} and axis names {names}: give one name, or None, for each dimension")
+            raise UserError(
+                f"{what} has shape {shape} and axis names {names}: give one name, or None, for each dimension"
+            )
         chosen: Table = getattr(self.rules, table)
         entries: list[Any] = []
         taken: dict[str, str] = {}
@@ -84,7 +88,9 @@ class Placement:
                 entries.append(None)
                 continue
             if name not in chosen:
-                raise UserError(f"{what}: no rule for the axis {name!r}: add it to rules.{table}, with () for 'not sharded'")
+                raise UserError(
+                    f"{what}: no rule for the axis {name!r}: add it to rules.{table}, with () for 'not sharded'"
+                )
             places = tuple(p for p in chosen[name] if self.mesh.shape[p] > 1)
             for place in places:
                 if place in taken:
@@ -163,7 +169,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 def table(**places: tuple[str, ...]) -> Table:
     """A whole table: the axes that are named go where it says, every other axis of the vocabulary is not sharded."""
-    return {name: () for name in AXES} | places
+    return dict.fromkeys(AXES, ()) | places
 
 
 def data() -> Rules:
@@ -182,7 +188,7 @@ def fsdp_tensor(tensor: int = 2) -> Rules:
     Args:
       tensor: devices that share one row's matrices.
     """
-    wide: dict[str, tuple[str, ...]] = {name: ("tensor",) for name in ("heads", "mlp", "vocab")}
+    wide: dict[str, tuple[str, ...]] = dict.fromkeys(("heads", "mlp", "vocab"), ("tensor",))
     return Rules(
         mesh={"fsdp": -1, "tensor": tensor},
         parameters=table(embed=("fsdp",), **wide),

@@ -1,0 +1,1 @@
+"""Generation: drawing tokens from a trunk."""

@@ -1,0 +1,164 @@
+"""Cross-entropy over the vocabulary without the logits of all tokens at once."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from models.heads import Scores
+
+
+class TokenLosses(NamedTuple):
+    """What a pass over the vocabulary gives for each target.
+
+    total: sum of weight * loss, the only part that carries a gradient.
+    each: the loss of each target without its weight, `[B, K]`, no gradient.
+    hit: 1 where the target has the highest score, `[B, K]`.
+    """
+
+    total: Float[Array, ""]
+    each: Float[Array, "B K"]
+    hit: Float[Array, "B K"]
+
+
+def cross_entropy(
+    scores: Scores,
+    targets: Int[Array, "B K"],
+    weight: Float[Array, "B K"],
+    *,
+    smoothing: float = 0.0,
+    z: float = 0.0,
+    tokens_per_chunk: int = 512,
+) -> TokenLosses:
+    """sum_i w_i [ logsumexp(s_i) - (1 - a) s_i,t - a mean(s_i) + z logsumexp(s_i)^2 ], in chunks of targets.
+
+    The gradient is computed in the forward pass, chunk by chunk: three matrix products instead of four, and never more
+    than one chunk's logits in memory. Chunks cut the second dimension, so that rows stay where they are sharded.
+
+    Args:
+      scores: hidden states `[B, K, D]`, table and bias.
+      targets: token ids, `[B, K]`.
+      weight: of each target; carries no gradient.
+      smoothing: a, the share of the target's probability that goes to all tokens evenly.
+      z: coefficient of the squared normaliser.
+      tokens_per_chunk: about how many targets' logits are held at once.
+    """
+    rows, length = targets.shape
+    per_row = max(1, min(length, tokens_per_chunk // max(rows, 1)))
+    total, each, hit = _chunked(
+        scores.hidden, scores.table, scores.bias, weight, targets, scores.size, float(smoothing), float(z), per_row
+    )
+    return TokenLosses(total, each, hit)
+
+
+def _chunk_terms(hidden, table, bias, weight, targets, size, smoothing, z):
+    """One chunk: losses, hits and d(sum w loss)/d logits."""
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    logits = jnp.einsum("bkd,vd->bkv", hidden, table, preferred_element_type=wide)
+    logits = logits if bias is None else logits + bias
+    if table.shape[0] != size:
+        logits = jnp.where(jnp.arange(table.shape[0]) < size, logits, -1e30)
+    top = logits.max(-1, keepdims=True)
+    powers = jnp.exp(logits - top)
+    norm = powers.sum(-1, keepdims=True)
+    lse = (jnp.log(norm) + top)[..., 0]
+    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    each = lse - target
+    hit = (target >= top[..., 0]).astype(wide)
+    pull = (jnp.arange(table.shape[0]) == targets[..., None]).astype(wide)
+    if smoothing:
+        real = jnp.arange(table.shape[0]) < size
+        each = each + smoothing * (target - jnp.where(real, logits, 0).sum(-1) / size)
+        pull = (1 - smoothing) * pull + smoothing * real / size
+    push = powers * ((1 + 2 * z * lse)[..., None] / norm) if z else powers / norm
+    each = each + z * jnp.square(lse) if z else each
+    return each, hit, (push - pull) * weight[..., None].astype(wide)
+
+
+def _split(x, per_row):
+    """[B, K, ...] -> [chunks, B, per_row, ...], padded with zeros."""
+    pad = -x.shape[1] % per_row
+    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) if pad else x
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, per_row, *x.shape[2:]), 1, 0)
+
+
+def _join(x, length):
+    """The inverse of `_split`."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _chunked(hidden, table, bias, weight, targets, size, smoothing, z, per_row):
+    def one(total, chunk):
+        h, t, w = chunk
+        each, hit, _ = _chunk_terms(h, table, bias, w, t, size, smoothing, z)
+        return total + (each * w).sum(), (each, hit)
+
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    chunks = (_split(hidden, per_row), _split(targets, per_row), _split(weight.astype(wide), per_row))
+    total, (each, hit) = jax.lax.scan(one, jnp.zeros((), wide), chunks)
+    return total, _join(each, targets.shape[1]), _join(hit, targets.shape[1])
+
+
+def _forward(hidden, table, bias, weight, targets, size, smoothing, z, per_row):
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+
+    def one(carry, chunk):
+        total, d_table, d_bias = carry
+        h, t, w = chunk
+        each, hit, d_logits = _chunk_terms(h, table, bias, w, t, size, smoothing, z)
+        small = d_logits.astype(h.dtype)
+        d_hidden = jnp.einsum("bkv,vd->bkd", small, table)
+        d_table = d_table + jnp.einsum("bkv,bkd->vd", small, h, preferred_element_type=wide)
+        d_bias = None if d_bias is None else d_bias + d_logits.sum((0, 1))
+        return (total + (each * w).sum(), d_table, d_bias), (each, hit, d_hidden)
+
+    start = (jnp.zeros((), wide), jnp.zeros(table.shape, wide), None if bias is None else jnp.zeros(bias.shape, wide))
+    chunks = (_split(hidden, per_row), _split(targets, per_row), _split(weight.astype(wide), per_row))
+    (total, d_table, d_bias), (each, hit, d_hidden) = jax.lax.scan(one, start, chunks)
+    length = targets.shape[1]
+    d_bias = None if bias is None else d_bias.astype(bias.dtype)
+    saved = (_join(d_hidden, length), d_table.astype(table.dtype), d_bias, jnp.zeros(weight.shape, weight.dtype))
+    return (total, _join(each, length), _join(hit, length)), saved
+
+
+def _backward(size, smoothing, z, per_row, saved, cotangents):
+    d_hidden, d_table, d_bias, d_weight = saved
+    g = cotangents[0]
+    scale = lambda x: None if x is None else (x * g).astype(x.dtype)  # noqa: E731
+    return scale(d_hidden), scale(d_table), scale(d_bias), d_weight, None
+
+
+_chunked.defvjp(_forward, _backward)
+
+
+def log_probabilities(
+    scores: Scores, targets: Int[Array, "B K"], *, tokens_per_chunk: int = 512
+) -> Float[Array, "B K"]:
+    """log p(target) for each target, with gradients for each, in chunks that the backward pass computes again.
+
+    For losses that are not a weighted sum over tokens, such as those of whole sequences. One matrix product more than
+    `cross_entropy`.
+
+    Args:
+      scores: hidden states `[B, K, D]`, table and bias.
+      targets: token ids.
+      tokens_per_chunk: about how many targets' logits are held at once.
+    """
+    per_row = max(1, min(targets.shape[1], tokens_per_chunk // max(targets.shape[0], 1)))
+
+    def one(_, chunk):
+        hidden, target = chunk
+        logits = Scores(hidden, scores.table, scores.bias, scores.size).logits()
+        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        return None, picked - jax.nn.logsumexp(logits, axis=-1)
+
+    _, out = jax.lax.scan(
+        jax.checkpoint(one, prevent_cse=False), None, (_split(scores.hidden, per_row), _split(targets, per_row))
+    )
+    return _join(out, targets.shape[1])

@@ -1,0 +1,107 @@
+"""Which tokens are hidden: a declared number of positions a row, with exact counts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from models.vocabulary import Vocabulary
+from objectives.base import Schedule, at
+from objectives.draws import Draws
+from partitioning import UserError
+from partitioning.ranges import Range
+
+
+class Selection(NamedTuple):
+    """Chosen positions.
+
+    positions: slots in the row, `[B, K]`, ascending where the weight is positive.
+    weight: 1 for a chosen position, 0 for an unused place.
+    """
+
+    positions: Int[Array, "B K"]
+    weight: Float[Array, "B K"]
+
+    def gather(self, x: Array) -> Array:
+        """Values of `[B, S, ...]` at the positions, `[B, K, ...]`."""
+        index = self.positions.reshape(self.positions.shape + (1,) * (x.ndim - 2))
+        return jnp.take_along_axis(x, index, axis=1)
+
+    def scatter(self, x: Array, values: Array) -> Array:
+        """`x` with `values` at the chosen positions."""
+        rows = jnp.arange(x.shape[0])[:, None]
+        # An unused place writes past the row, where the write is dropped.
+        where = jnp.where(self.weight > 0, self.positions, x.shape[1])
+        return x.at[rows, where].set(values, mode="drop")
+
+    def hidden(self, length: int) -> Bool[Array, "B S"]:
+        """Where a row is selected."""
+        return self.scatter(jnp.zeros((self.positions.shape[0], length), bool), jnp.ones(self.positions.shape, bool))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select:
+    """Base of all selections."""
+
+    def __call__(self, batch: dict[str, Any], vocabulary: Vocabulary, *, step: Any, key: Draws) -> Selection:
+        """Selects in every row of `batch["tokens"]`."""
+        raise TypeError(f"{type(self).__name__} is a selection without a rule: define `__call__`")
+
+    def check(self, steps: int) -> None:
+        """Checks schedules over a stage's steps; raises UserError."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomTokens(Select):
+    """Exactly round(rate * n) of a row's n ordinary tokens, uniformly without replacement.
+
+    Args:
+      rate: share of the tokens, a number or a schedule of the step.
+      most: the largest rate that the schedule reaches, which fixes the number of places K = ceil(most * S); the rate
+        itself where that is a number.
+
+    Raises:
+      UserError: a rate outside [0, 1], a schedule without `most`, or one that exceeds it.
+
+    Source: "BERT", Devlin et al., 2019.
+    Differs: the count is exact, not binomial.
+    """
+
+    rate: Annotated[float, Range(0, 1)] | Schedule = 0.15
+    most: Annotated[float, Range(0, 1)] | None = None
+
+    def check(self, steps: int) -> None:
+        """Checks the schedule at every step."""
+        if callable(self.rate):
+            if self.most is None:
+                raise UserError(
+                    "RandomTokens.most: required where the rate is a schedule, the largest rate it reaches, such as 0.3"
+                )
+            rates = jax.vmap(self.rate)(jnp.arange(steps))
+            low, high = float(rates.min()), float(rates.max())
+            # Schedules are float32.
+            if low < 0 or high > self.most * (1 + 1e-6):
+                raise UserError(
+                    f"RandomTokens.rate runs from {low:.4g} to {high:.4g}: it must stay in [0, most = {self.most:g}]"
+                )
+
+    def __call__(self, batch: dict[str, Any], vocabulary: Vocabulary, *, step: Any, key: Draws) -> Selection:
+        """See `Select.__call__`."""
+        tokens = batch["tokens"]
+        eligible = (batch["segments"] > 0) & ~vocabulary.is_special(tokens)
+        most = self.most if self.most is not None else float(self.rate)  # type: ignore[arg-type]
+        places = max(1, math.ceil(most * tokens.shape[1]))
+        count = jnp.round(at(self.rate, step) * eligible.sum(1)).astype(jnp.int32)
+        draw = jax.vmap(lambda k: jax.random.uniform(k, tokens.shape[1:]))(key("select"))
+        _, chosen = jax.lax.top_k(jnp.where(eligible, draw, -1.0), places)
+        used = jnp.arange(places) < count[:, None]
+        chosen = jnp.sort(jnp.where(used, chosen, tokens.shape[1]), axis=1)
+        used = chosen < tokens.shape[1]
+        # A count above the places cannot be dropped quietly: the loss becomes NaN and the guard names the step.
+        weight = jnp.where(count[:, None] > places, jnp.nan, used.astype(jnp.float32))
+        return Selection(jnp.where(used, chosen, 0), weight)

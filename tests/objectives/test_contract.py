@@ -1,0 +1,118 @@
+"""What every objective promises: devices, micro-batches and rows do not change the loss or its gradient."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from awkward import CASES, ROWS, build, wide
+
+from objectives.base import Batch
+from objectives.draws import draws
+from partitioning import data, fsdp, fsdp_tensor
+from training.optimizers import Sgd
+from training.step import Step
+from training.trees import Trees
+
+ACCUMULATING = [name for name, case in CASES.items() if case.accumulates]
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def gradients(name: str, rules, devices: int, accumulate: int = 1):
+    """Loss, reduced sums and gradients of a case on a mesh, in float64."""
+    case = CASES[name]
+    model = partial(case.model, dtype="float64")
+    objective = _float64_parts(case.objective)
+    case = replace(case, model=model, objective=objective)
+    placement = rules.place(jax.devices()[:devices])
+    with placement.scope(), warnings.catch_warnings():
+        trees = Trees.plan(build(case))
+        step = Step(
+            trees=trees, objective=objective, optimizer=Sgd(learning_rate=0.1), tx=None, seed=3, batch_size=ROWS,
+            accumulate=accumulate,
+        )  # fmt: skip
+        values = wide(jax.jit(trees.init)(jax.random.key(0)))
+        # A reference that equals the policy has no gradient to compare: move it.
+        values["frozen"] = {k: v + 0.05 * jnp.sin(jnp.arange(v.size).reshape(v.shape)) for k, v in values["frozen"].items()}
+        shardings = trees.shardings(placement)
+        values = {k: {n: jax.device_put(v, shardings[n]) for n, v in part.items()} for k, part in values.items()}
+        batch = {k: jax.device_put(v, placement.rows(v.shape, k)) for k, v in case.batch().items()}
+
+        def run(values, batch: Batch):
+            state = _State(step=jnp.asarray(2), **values)
+            key = draws(jax.random.key(3), state.step, batch["row"], ROWS)
+            models = trees.models(values["params"], values["frozen"], values["buffers"])
+            prepared = jax.lax.stop_gradient(objective.prepare(models, batch, step=state.step, key=key))
+            grads, stats, rows = step.gradients(state, prepared)
+            models = trees.models(values["params"], values["frozen"], values["buffers"])
+            objective.after_step(models, rows, stats, step=state.step)
+            return grads, stats, trees.buffers(models)
+
+        return jax.device_get(jax.jit(run)(values, batch))
+
+
+class _State:
+    def __init__(self, step, params, frozen, buffers):
+        self.step, self.params, self.frozen, self.buffers = step, params, frozen, buffers
+
+
+def _float64_parts(objective):
+    """Companions' trunks compute in float64 too."""
+    changes = {}
+    for field in ("generator", "decoder"):
+        if make := getattr(objective, field, None):
+            changes[field] = partial(make, dtype="float64")
+    return replace(objective, **changes) if changes else objective
+
+
+def assert_same(one, other, tolerance=1e-10):
+    """Equal relative to the largest entry of each leaf."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
+        scale = max(np.abs(a).max(), 1e-3)
+        worst = np.abs(a - b).max() / scale
+        assert worst < tolerance, f"{jax.tree_util.keystr(path)}: {worst:.2e}"
+
+
+_ONE: dict = {}
+
+
+def on_one(name):
+    """The case on one device, computed once."""
+    if name not in _ONE:
+        _ONE[name] = gradients(name, data(), 1)
+    return _ONE[name]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_eight_devices_equal_one(name):
+    """Loss, gradients and buffers do not depend on the mesh."""
+    one = on_one(name)
+    assert np.isfinite(one[1]["loss"])
+    assert max(np.abs(g).max() for g in one[0].values()) > 1e-6
+    for rules in (data(), fsdp(), fsdp_tensor(2)):
+        assert_same(one, gradients(name, rules, 8))
+
+
+@pytest.mark.parametrize("name", ACCUMULATING)
+def test_micro_batches_equal_the_batch(name):
+    """Two micro-batches with unequal token counts give the big batch's loss, gradients and buffers."""
+    assert_same(on_one(name), gradients(name, data(), 1, accumulate=2))
+    if name in ("experts", "electra", "info_nce_chunked"):
+        assert_same(on_one(name), gradients(name, fsdp(), 4, accumulate=4))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ACCUMULATING])
+def test_an_objective_that_couples_rows_says_so(name):
+    """What cannot be accumulated is declared, and the plan refuses it."""
+    assert CASES[name].objective.couples_rows

@@ -1,0 +1,225 @@
+"""What is known of a run before step 0: trees, shapes, shardings and one step a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from models.vocabulary import Vocabulary
+from objectives.base import Companion
+from partitioning import Placement, UserError
+from training.run import Run, Stage
+from training.state import State, abstract_state, state_shardings
+from training.step import Step
+from training.trees import Trees
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage with its place in the run.
+
+    Args:
+      stage: with every value filled in.
+      first: the run's step at which it starts.
+      rows: rows consumed by earlier stages.
+      reader: of its data.
+      step: its step function.
+      batch: abstract batch, with shardings.
+    """
+
+    stage: Stage
+    first: int
+    rows: int
+    reader: Any
+    step: Step
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+    @property
+    def last(self) -> int:
+        """The step after this stage's last."""
+        return self.first + self.stage.steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's plan; nothing has been allocated.
+
+    Args:
+      run: what was asked for.
+      placement: rules on a mesh.
+      trees: the modules.
+      stages: in order.
+      state: the abstract state.
+      shardings: of the state.
+    """
+
+    run: Run
+    placement: Placement
+    trees: Trees
+    stages: tuple[PlannedStage, ...]
+    state: State
+    shardings: State
+
+    @classmethod
+    def of(cls, run: Run, devices: Sequence[Any] | None = None) -> Plan:
+        """Plans a run.
+
+        Raises:
+          UserError: whatever of the config, the data or the mesh does not fit.
+        """
+        placement = run.placed().place(devices)
+        parts = run.parts()
+        opened = {id(part.data): part.data for part in parts}
+        opened = {key: source.open() for key, source in opened.items()}
+        readers = [opened[id(part.data)] for part in parts]
+        vocabulary = vocabulary_of(readers[0])
+        for reader in readers[1:]:
+            if vocabulary_of(reader) != vocabulary:
+                raise UserError("the stages' data have different vocabularies: prepare all of them with one tokenizer")
+        with placement.scope():
+            trees = Trees.plan(lambda key: build(run, vocabulary, key))
+        if not trees.of_kind("params"):
+            raise UserError("no parameter is trained: every tree is frozen")
+        axes = {name: trees.axes[name] for name in trees.of_kind("params")}
+        shared = {"average": run.average is not None, "guard": run.guard.init() if run.guard else ()}
+        first, rows, stages, states = 0, 0, [], []
+        for part, reader in zip(parts, readers, strict=True):
+            _check(part, reader, placement)
+            tx = part.optimizer(axes)  # type: ignore[misc]
+            step = Step(
+                trees=trees,
+                objective=part.objective,  # type: ignore[arg-type]
+                optimizer=part.optimizer,  # type: ignore[arg-type]
+                tx=tx,
+                seed=run.seed,
+                batch_size=part.batch_size,  # type: ignore[arg-type]
+                accumulate=part.accumulate,  # type: ignore[arg-type]
+                clip=run.clip,
+                guard=run.guard,
+                average=run.average,
+                sources=len(getattr(reader, "sources", ("",))),
+            )
+            batch = {
+                name: jax.ShapeDtypeStruct(shape, dtype, sharding=placement.rows(shape, f"batch field {name!r}"))
+                for name, (shape, dtype) in reader.spec(batch_size=part.batch_size, length=part.length).items()
+            }
+            stages.append(PlannedStage(part, first, rows, reader, step, batch))
+            states.append(abstract_state(trees, tx, **shared))
+            first, rows = first + part.steps, rows + part.steps * part.batch_size  # type: ignore[operator]
+        for state in states[1:]:
+            if jax.tree.structure(state) != jax.tree.structure(states[0]):
+                raise UserError(
+                    "the stages' optimizers have states of different structure: use one class, with other constants"
+                )
+        return cls(run, placement, trees, tuple(stages), states[0], state_shardings(states[0], trees, placement))
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.stages[-1].last
+
+    @property
+    def tokenizer(self) -> Any:
+        """The data's tokenizer."""
+        return self.stages[0].reader.tokenizer
+
+    def stage_of(self, step: int) -> PlannedStage:
+        """The stage that takes a step."""
+        return next(stage for stage in self.stages if step < stage.last)
+
+    def targets(self) -> State:
+        """The abstract state with shardings: what a restore fills."""
+        place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+        return jax.tree.map(place, self.state, self.shardings)
+
+    def init(self) -> State:
+        """The initial state, made where it lives.
+
+        Returns:
+          Step 0 of the run: seeded values, with `init_from` trees overwritten by what they name.
+        """
+        tx = self.stages[0].step.tx
+        run = self.run
+
+        def make() -> State:
+            values = self.trees.init(jax.random.key(run.seed))
+            return State(
+                step=jax.numpy.zeros((), jax.numpy.int32),
+                optimizer=tx.init(values["params"]),
+                average=None if run.average is None else run.average.init(values["params"]),
+                guard=run.guard.init() if run.guard else (),
+                **values,
+            )
+
+        with self.placement.scope():
+            return jax.jit(make, out_shardings=self.shardings)()
+
+    def compile(self, stage: PlannedStage) -> Any:
+        """Compiles a stage's step; the executable takes the state (donated) and a batch, and can never compile again."""
+        with self.placement.scope():
+            jitted = jax.jit(
+                stage.step,
+                in_shardings=(self.shardings, {name: leaf.sharding for name, leaf in stage.batch.items()}),
+                out_shardings=(self.shardings, self.placement.replicated),
+                donate_argnums=0,
+            )
+            return jitted.lower(self.targets(), stage.batch).compile()
+
+    def put(self, stage: PlannedStage, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Places one host's share of a batch."""
+        if jax.process_count() == 1:
+            return jax.device_put(batch, {name: leaf.sharding for name, leaf in stage.batch.items()})
+        return {
+            name: jax.make_array_from_process_local_data(leaf.sharding, batch[name], leaf.shape)
+            for name, leaf in stage.batch.items()
+        }
+
+
+def vocabulary_of(reader: Any) -> Vocabulary:
+    """A trunk's vocabulary from a reader's sizes and specials."""
+    return Vocabulary(size=reader.vocabulary, **{k: int(v) for k, v in vars(reader.specials).items()})
+
+
+def build(run: Run, vocabulary: Vocabulary, key: jax.Array) -> dict[str, Companion]:
+    """The trunk and every objective's companions, by tree name.
+
+    Raises:
+      UserError: two objectives want different companions of one name.
+    """
+    trunk = run.model(vocabulary, rngs=nnx.Rngs(jax.random.fold_in(key, 0)))
+    found = {"trunk": Companion(trunk, init_from=run.init_from)}
+    objectives = []
+    for part in run.parts():
+        if part.objective not in objectives:
+            objectives.append(part.objective)
+    for number, objective in enumerate(objectives, 1):
+        for name, companion in objective.companions(trunk, nnx.Rngs(jax.random.fold_in(key, number))).items():
+            if name in found:
+                raise UserError(f"two objectives of this run want a tree named {name!r}: only one may bring it")
+            found[name] = companion
+    return found
+
+
+def _check(part: Stage, reader: Any, placement: Placement) -> None:
+    spec = reader.spec(batch_size=part.batch_size, length=part.length)
+    assert part.objective is not None
+    part.objective.check(steps=part.steps, batch=spec)
+    k = part.accumulate or 1
+    if k > 1 and part.objective.couples_rows:
+        raise UserError(
+            f"{type(part.objective).__name__} compares the rows of a batch with each other and cannot be accumulated over "
+            f"{k} micro-batches: set accumulate = 1, or the objective's chunked form where it has one"
+        )
+    if part.batch_size % k:  # type: ignore[operator]
+        raise UserError(f"batch_size = {part.batch_size} does not divide into accumulate = {k} micro-batches")
+    ways = int(np.prod([placement.mesh.shape[a] for a in placement.rules.activations["batch"]]))
+    if (part.batch_size // k) % ways:  # type: ignore[operator]
+        raise UserError(
+            f"{part.batch_size // k} rows ({'batch_size' if k == 1 else 'batch_size / accumulate'}) do not divide over "  # type: ignore[operator]
+            f"{ways} devices: use a multiple of {ways}, or another mesh"
+        )

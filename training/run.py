@@ -1,0 +1,153 @@
+"""A run: everything that a config says, as one frozen dataclass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from models.trunk import Trunk
+from objectives.base import Objective
+from objectives.controller import Controller
+from partitioning import Rules, UserError
+from partitioning import data as data_parallel
+from partitioning.ranges import Range, check_fields
+from training.ema import Ema
+from training.guard import Guard
+from training.optimizers import AdamW, Optimizer
+
+Whole = Annotated[int, Range(1, 1 << 40)]
+
+
+class Data(Protocol):
+    """What a config hands over as data: it opens to a reader (`data.reader.Reader`) and knows how to prepare itself."""
+
+    def open(self) -> Any:
+        """The reader."""
+
+
+class Evaluator(Protocol):
+    """Judges a run's models; `evaluation` has them, and a config hands them over."""
+
+    def __call__(self, models: Any, *, tokenizer: Any, placement: Any, step: int) -> Mapping[str, float]:
+        """Figures by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of a run with its own shapes and objective; compiled once.
+
+    Args:
+      steps: optimizer steps in this stage.
+      length, batch_size, accumulate, objective, data, optimizer: as in `Run`, whose value stands where this is None. An
+        optimizer must keep the state's structure.
+    """
+
+    steps: Whole
+    length: Whole | None = None
+    batch_size: Whole | None = None
+    accumulate: Whole | None = None
+    objective: Objective | None = None
+    data: Any = None
+    optimizer: Optimizer | None = None
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run.
+
+    Args:
+      model: makes the trunk; called with the vocabulary and `rngs`.
+      data: what is read.
+      objective: what is learned.
+      steps: optimizer steps, where there are no `stages`.
+      batch_size: rows in a step, all devices and micro-batches together.
+      length: tokens in a row.
+      accumulate: micro-batches in a step.
+      stages: parts of the run, one after the other; replaces `steps`.
+      optimizer: a rule for gradients.
+      rules: where parameters and activations live; data parallel by default.
+      seed: of the initial weights, the order of the data and every draw.
+      clip: largest global norm of a gradient; None for no limit.
+      guard: skips bad steps; None for none.
+      average: exponential moving average of the parameters; None for none. Evaluation uses it where there is one.
+      init_from: a run's folder whose newest trunk is the initial trunk.
+      evaluators: called every `evaluate_every` steps and at the end.
+      controllers: called every so many steps with reduced statistics.
+      checkpoint_every, evaluate_every, log_every: in steps; a checkpoint is always written at the end.
+      keep: newest checkpoints kept.
+
+    Raises:
+      UserError: neither or both of steps and stages, or a number out of range.
+    """
+
+    model: Callable[..., Trunk]
+    data: Any
+    objective: Objective
+    steps: Whole | None = None
+    batch_size: Whole = 32
+    length: Whole = 128
+    accumulate: Whole = 1
+    stages: Sequence[Stage] = ()
+    optimizer: Optimizer = field(default_factory=lambda: AdamW(learning_rate=1e-3))
+    rules: Rules | None = None
+    seed: Annotated[int, Range(0, (1 << 32) - 1)] = 0
+    clip: Annotated[float, Range(0, 1e30)] | None = 1.0
+    guard: Guard | None = None
+    average: Ema | None = None
+    init_from: str | None = None
+    evaluators: Sequence[Any] = ()
+    controllers: Sequence[Controller] = ()
+    checkpoint_every: Whole = 1000
+    evaluate_every: Whole = 1000
+    log_every: Whole = 10
+    keep: Whole = 3
+
+    def __post_init__(self):
+        check_fields(self)
+        if (self.steps is None) == (not self.stages):
+            example = "training.Run.steps = 1_000"
+            raise UserError(
+                f"Run needs either steps or stages, and has {'both' if self.stages else 'neither'}: such as {example}"
+            )
+
+    def parts(self) -> list[Stage]:
+        """The stages with every value filled in."""
+        whole = [Stage(steps=self.steps)] if self.steps is not None else list(self.stages)
+        either = lambda own, ours: ours if own is None else own  # noqa: E731
+        return [
+            Stage(
+                steps=stage.steps,
+                length=either(stage.length, self.length),
+                batch_size=either(stage.batch_size, self.batch_size),
+                accumulate=either(stage.accumulate, self.accumulate),
+                objective=either(stage.objective, self.objective),
+                data=either(stage.data, self.data),
+                optimizer=either(stage.optimizer, self.optimizer),
+            )
+            for stage in whole
+        ]
+
+    def placed(self) -> Rules:
+        """The rules, data parallel where none are given."""
+        return data_parallel() if self.rules is None else self.rules
+
+    def plan(self, devices: Sequence[Any] | None = None) -> Any:
+        """Checks everything and plans every stage; see `training.plan.Plan`."""
+        from training.plan import Plan
+
+        return Plan.of(self, devices)
+
+    def abstract(self) -> Any:
+        """The abstract build, so that a missing value shows before step 0."""
+        return self.plan()
+
+    def train(self, out: str | Path, *, operative: str = "", debug: bool = False) -> dict[str, float]:
+        """Trains into a folder, or goes on with what is there; see `training.loop.train`."""
+        from training.loop import train
+
+        return train(self, Path(out), operative=operative, debug=debug)

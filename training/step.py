@@ -1,0 +1,209 @@
+"""The training step: one pure function from (state, batch) to (state, metrics)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from objectives.base import SHARED, Batch, Loss, Models, Objective
+from objectives.draws import draws
+from training.ema import Ema
+from training.guard import Guard, chosen
+from training.metrics import group_norms
+from training.optimizers import Optimizer
+from training.state import State
+from training.trees import Trees
+
+Stats = dict[str, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a stage's step is made of.
+
+    Args:
+      trees: the modules.
+      objective: the loss.
+      optimizer, tx: the rule for gradients, and its transformation for these trees.
+      seed: of every draw.
+      batch_size: rows in a step.
+      accumulate: micro-batches in a step.
+      clip: largest global norm of a gradient, or None.
+      guard, average: see `Guard` and `Ema`; None for none.
+      sources: how many sources the data mixes; statistics are kept for each when there are several.
+    """
+
+    trees: Trees
+    objective: Objective
+    optimizer: Optimizer
+    tx: optax.GradientTransformation
+    seed: int
+    batch_size: int
+    accumulate: int = 1
+    clip: float | None = 1.0
+    guard: Guard | None = None
+    average: Ema | None = None
+    sources: int = 1
+
+    def __call__(self, state: State, batch: Batch) -> tuple[State, dict[str, Stats]]:
+        """Takes one optimizer step; meant for `jax.jit` with the state donated.
+
+        Returns:
+          The new state, and `metrics` to report beside the raw `sums` that controllers read.
+        """
+        key = draws(jax.random.key(self.seed), state.step, batch["row"], self.batch_size)
+        models = self.trees.models(state.params, state.frozen, state.buffers)
+        batch = jax.lax.stop_gradient(self.objective.prepare(models, batch, step=state.step, key=key))
+
+        gradients, stats, rows = self.gradients(state, batch)
+        norm = optax.global_norm(gradients)
+        if self.clip is not None:
+            shrink = jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-30))
+            gradients = jax.tree.map(lambda g: g * shrink.astype(g.dtype), gradients)
+        updates, optimizer = self.tx.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        models = self.trees.models(params, state.frozen, state.buffers)
+        self.objective.after_step(models, rows, stats, step=state.step)
+        average = state.average
+        if self.average is not None and average is not None:
+            average = self.average.update(average, params, state.step)
+        new = State(state.step, params, state.frozen, self.trees.buffers(models), optimizer, average, state.guard)
+
+        metrics = {
+            **reduced(stats),
+            "gradient_norm": norm,
+            **{f"norms/parameters/{k}": v for k, v in group_norms(params).items()},
+            **{f"norms/gradients/{k}": v for k, v in group_norms(gradients).items()},
+            **{f"norms/updates/{k}": v for k, v in group_norms(updates).items()},
+        }
+        guard = state.guard
+        if self.guard is not None:
+            ok, guard = self.guard(state.guard, stats["loss"], norm)
+            # A skipped step leaves everything as it was, buffers too; only the step count and the guard move.
+            new = chosen(ok, new, state)
+            metrics |= {"skipped": guard["skipped"], "skipped_in_a_row": guard["run"]}
+        metrics |= self.optimizer.rates(state.step)
+        return replace(new, step=state.step + 1, frozen=state.frozen, guard=guard), {"metrics": metrics, "sums": stats}
+
+    def gradients(self, state: State, batch: Batch) -> tuple[dict[str, Array], Stats, dict[str, Array]]:
+        """Gradients of the loss, the sums of its terms, and what the calls returned by row.
+
+        With several micro-batches a first scan sums the terms' weights, which do not depend on parameters, so that the
+        compiler drops the model from it; a second accumulates one gradient. Both sums of a ratio are then over the
+        whole batch, and the result is the big batch's.
+        """
+
+        def call(params: Any, part: Batch) -> tuple[Loss, Models]:
+            models = self.trees.models(params, state.frozen, state.buffers)
+            key = draws(jax.random.key(self.seed), state.step, part["row"], self.batch_size)
+            return self.objective(models, part, step=state.step, key=key), models
+
+        def weights(part: Batch) -> Stats:
+            loss, models = call(state.params, part)
+            return divisors(loss, models)
+
+        def value(params: Any, part: Batch, over: Stats | None) -> tuple[Float[Array, ""], Any]:
+            loss, models = call(params, part)
+            own = divisors(loss, models)
+            total = weighed(loss, models, own if over is None else over)
+            stats = {**sums(loss, models, part, self.sources), **own, "loss": total}
+            return total, (jax.lax.stop_gradient(stats), jax.lax.stop_gradient(dict(loss.rows)))
+
+        grad = jax.grad(value, has_aux=True)
+        if self.accumulate == 1:
+            gradients, (stats, rows) = grad(state.params, batch, None)
+            return gradients, stats, rows
+        shared = {k: v for k, v in batch.items() if k.startswith(SHARED)}
+        parts = {k: self._parts(v) for k, v in batch.items() if k not in shared}
+        add = lambda a, b: jax.tree.map(jnp.add, a, b)  # noqa: E731
+        zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)  # noqa: E731
+        first = {k: v[0] for k, v in parts.items()}
+        start = zeros(jax.eval_shape(weights, first | shared))
+        over, _ = jax.lax.scan(lambda total, part: (add(total, weights(part | shared)), None), start, parts)
+
+        def accumulate(carry: Any, part: Batch) -> tuple[Any, Any]:
+            gradients, (stats, rows) = grad(state.params, part | shared, over)
+            return add(carry, (gradients, stats)), rows
+
+        shapes = jax.eval_shape(lambda part: grad(state.params, part, over), first | shared)
+        start = zeros((shapes[0], shapes[1][0]))
+        (gradients, stats), rows = jax.lax.scan(accumulate, start, parts)
+        return gradients, stats, {name: self._whole(x) for name, x in rows.items()}
+
+    def _parts(self, x: Array) -> Array:
+        """[B, ...] -> [k, B/k, ...], each micro-batch every k-th row: a blocked split would move rows between devices."""
+        return x.reshape(x.shape[0] // self.accumulate, self.accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+    def _whole(self, x: Array) -> Array:
+        """The inverse of `_parts`."""
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+
+def _sides(models: Models) -> dict[str, Any]:
+    return {f"side/{call}/{name}": side for call, sides in models.sides.items() for name, side in sides.items()}
+
+
+def divisors(loss: Loss, models: Models) -> Stats:
+    """What must be summed over the whole batch before a gradient: weights, and sums without a gradient."""
+    out = {f"{name}/weight": jnp.asarray(term.weight) for name, term in loss.terms.items()}
+    for name, side in _sides(models).items():
+        out[f"{name}/weight"] = side.weight
+        if side.fixed is not None:
+            out[f"{name}/fixed"] = side.fixed
+    return jax.lax.stop_gradient(out)
+
+
+def weighed(loss: Loss, models: Models, over: Mapping[str, Array]) -> Float[Array, ""]:
+    """The loss of these rows, given the divisors of the whole batch; summed over micro-batches it is the batch's."""
+    # An empty term is 0 / 0 and counts as 0.
+    safe = lambda w: jnp.where(w == 0, 1, w)  # noqa: E731
+    total: Any = 0.0
+    for name, term in loss.terms.items():
+        if not (isinstance(term.coefficient, (int, float)) and term.coefficient == 0):
+            total = total + term.coefficient * term.total / safe(over[f"{name}/weight"])
+    for name, side in _sides(models).items():
+        if side.coefficient:
+            divide = lambda x, w: x / safe(w).reshape(w.shape + (1,) * (x.ndim - w.ndim))  # noqa: E731
+            part = divide(side.total, over[f"{name}/weight"])
+            if side.fixed is not None:
+                part = part * divide(over[f"{name}/fixed"], over[f"{name}/weight"])
+            total = total + side.coefficient * part.sum()
+    return total
+
+
+def sums(loss: Loss, models: Models, batch: Batch, sources: int) -> Stats:
+    """Totals of all terms, and with several sources those of each source."""
+    out = {f"{name}/total": term.total for name, term in loss.terms.items()}
+    out |= {f"{name}/total": side.total for name, side in _sides(models).items()}
+    if sources > 1:
+        for name, term in loss.terms.items():
+            if term.rows is not None:
+                by_source = lambda x: jax.ops.segment_sum(x, batch["source"], sources)  # noqa: E731
+                out[f"source/{name}/total"], out[f"source/{name}/weight"] = map(by_source, term.rows)
+    return out
+
+
+def reduced(stats: Stats) -> Stats:
+    """Ratios of the sums, for reporting: one number a term, a side term averaged over its layers."""
+    out = {"loss": stats["loss"]}
+    layers: dict[str, list[Array]] = {}
+    for name in sorted(name.removesuffix("/total") for name in stats if name.endswith("/total")):
+        total, weight = stats[f"{name}/total"], stats[f"{name}/weight"]
+        over = jnp.where(weight == 0, 1, weight).reshape(weight.shape + (1,) * (total.ndim - weight.ndim))
+        ratio = total / over
+        if name.startswith("side/"):
+            ratio = (ratio * stats[f"{name}/fixed"] / over).sum(-1) if f"{name}/fixed" in stats else ratio
+            _, call, *_, kind = name.split("/")
+            layers.setdefault(f"side/{call}/{kind}", []).append(ratio.reshape(-1))
+        elif name.startswith("source/"):
+            out |= {f"{name}/{i}": ratio[i] for i in range(ratio.shape[0])}
+        else:
+            out[name] = ratio
+    return out | {name: jnp.concatenate(parts).mean() for name, parts in layers.items()}

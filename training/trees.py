@@ -1,0 +1,119 @@
+"""A run's modules as flat dicts of arrays, and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+
+from models.variables import Axes, Buffer, Flat, axes_of, flatten, rebuild
+from objectives.base import Companion, Models
+from partitioning import Placement, UserError
+
+Build = Callable[[jax.Array], dict[str, Companion]]
+
+
+@dataclass(frozen=True)
+class Trees:
+    """The static side of all modules of a run.
+
+    Names are `<tree>/<path>`. The abstract build is the one source of shapes, names, shardings and restore targets.
+
+    Args:
+      build: makes every tree from a key; pure, and run under jit.
+      graphs, abstract: graph definition and abstract state by tree.
+      kinds: 'params', 'frozen' or 'buffers' by leaf name.
+      axes: logical names by leaf name.
+      shapes: abstract arrays by leaf name.
+    """
+
+    build: Build
+    graphs: Mapping[str, nnx.GraphDef]
+    abstract: Mapping[str, nnx.State]
+    kinds: Mapping[str, str]
+    axes: Axes
+    shapes: Mapping[str, jax.ShapeDtypeStruct]
+    init_from: Mapping[str, str]
+
+    @classmethod
+    def plan(cls, build: Build) -> Trees:
+        """Builds the trees abstractly.
+
+        Raises:
+          UserError: a freeze rule that matches nothing, or a variable that is neither parameter nor buffer.
+        """
+        companions: dict[str, Companion] = {}
+
+        def abstract() -> dict[str, nnx.Module]:
+            companions.update(build(jax.random.key(0)))
+            return {name: companion.module for name, companion in companions.items()}
+
+        # Each tree is traced on its own: a joint split would give a shared variable to the first by name.
+        modules = nnx.eval_shape(abstract)
+        graphs, states, kinds, axes, shapes, sources = {}, {}, {}, {}, {}, {}
+        for tree, module in modules.items():
+            companion = companions[tree]
+            if companion.init_from:
+                sources[tree] = companion.init_from
+            graphs[tree], states[tree] = nnx.split(module)
+            for kind in (nnx.Param, Buffer):
+                leaves = flatten(module, kind)
+                frozen = _frozen(tree, leaves, companion) if kind is nnx.Param else set()
+                for path, names in axes_of(module, kind).items():
+                    name = f"{tree}/{path}"
+                    kinds[name] = "buffers" if kind is Buffer else "frozen" if path in frozen else "params"
+                    axes[name], shapes[name] = names, leaves[path]
+            extra = len(nnx.to_flat_state(states[tree])) - sum(name.startswith(f"{tree}/") for name in kinds)
+            if extra:
+                raise UserError(
+                    f"tree {tree!r} holds {extra} variables that are neither nnx.Param nor Buffer: use one of the two"
+                )
+        return cls(build, graphs, states, kinds, axes, shapes, sources)
+
+    def init(self, key: jax.Array) -> dict[str, Flat]:
+        """The initial arrays by kind; meant for jit."""
+        out: dict[str, Flat] = {"params": {}, "frozen": {}, "buffers": {}}
+        for tree, companion in self.build(key).items():
+            for kind in (nnx.Param, Buffer):
+                for path, value in flatten(companion.module, kind).items():
+                    out[self.kinds[f"{tree}/{path}"]][f"{tree}/{path}"] = value
+        return out
+
+    def models(self, params: Flat, frozen: Flat, buffers: Flat) -> Models:
+        """The modules around the given arrays; cheap, and done at tracing only."""
+        everything = params | frozen | buffers
+        modules = {}
+        for tree, graph in self.graphs.items():
+            values = {name[len(tree) + 1 :]: v for name, v in everything.items() if name.startswith(f"{tree}/")}
+            modules[tree] = rebuild(graph, self.abstract[tree], values)
+        return Models(modules)
+
+    def buffers(self, models: Models) -> Flat:
+        """The buffers that the modules hold now."""
+        return {f"{tree}/{path}": v for tree in models for path, v in flatten(models.module(tree), Buffer).items()}
+
+    def of_kind(self, kind: str) -> list[str]:
+        """Leaf names of one kind."""
+        return [name for name, k in self.kinds.items() if k == kind]
+
+    def shardings(self, placement: Placement) -> dict[str, Any]:
+        """Every leaf's sharding by name."""
+        return {name: placement.parameter(self.axes[name], self.shapes[name].shape, name) for name in self.kinds}
+
+
+def _frozen(tree: str, leaves: Flat, companion: Companion) -> set[str]:
+    if not companion.train:
+        return set(leaves)
+    found: set[str] = set()
+    for pattern in companion.freeze:
+        hits = {path for path in leaves if re.search(pattern, path)}
+        if not hits:
+            raise UserError(
+                f"freeze rule {pattern!r} matches no parameter of tree {tree!r}, such as {next(iter(leaves))}"
+            )
+        found |= hits
+    return found
