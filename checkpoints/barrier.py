@@ -22,8 +22,10 @@ def barrier(name: str, *, timeout_s: float) -> None:
     try:
         multihost.get_barrier_sync_fn()(key=name, timeout_ms=int(timeout_s * 1000))
     except jax.errors.JaxRuntimeError as error:
-        missing = sorted({int(number) for number in re.findall(r"task:(\d+)", str(error))} - {jax.process_index()})
-        who = "process " + ", ".join(map(str, missing)) if missing else f"not known ({str(error).splitlines()[0]})"
+        names = str(error).partition("timed out task names:")[2].partition("RPC:")[0]
+        # A number a line, or a path that ends in "task:<number>", by the version of jax.
+        missing = sorted({int(number) for number in re.findall(r"(?:^|task:)(\d+)\s*$", names, flags=re.MULTILINE)})
+        who = f"process {', '.join(map(str, missing))}" if missing else f"not known ({str(error).splitlines()[0]})"
         raise TimeoutError(
             f"barrier {name!r}: waited {timeout_s:g} s as process {jax.process_index()} of {jax.process_count()}; "
             f"missing: {who}"
