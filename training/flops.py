@@ -1,0 +1,193 @@
+"""How many FLOPs a function does, and what share of the machine that is.
+
+XLA's `cost_analysis` counts the body of a loop once. Here the jaxpr is walked, and each loop's body counts as often as
+it runs. Only products of matrices count, as in the published figures of model FLOPs.
+
+Two conventions. A jitted function whose name begins with `attention_causal` counts by half, since half of its products
+are masked. And a training step is three times its forward pass: what is recomputed in the backward pass is not counted.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+CAUSAL_PREFIX = "attention_causal"
+
+# Dense bfloat16 FLOP/s of one device, from the makers' data sheets, by a part of `device_kind` in lower case. The first
+# match counts.
+PEAKS = {
+    "tpu v6": 918e12,
+    "tpu v5 lite": 197e12,
+    "tpu v5e": 197e12,
+    "tpu v5": 459e12,
+    "tpu v4": 275e12,
+    "tpu v3": 123e12,
+    "h200": 989e12,
+    "h100 nvl": 835e12,
+    "h100 pcie": 756e12,
+    "h100": 989e12,
+    "a100": 312e12,
+}
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of one call.
+
+    Args:
+      flops: multiplications and additions in products of matrices, over all devices.
+      unbounded: names of the enclosing functions of loops whose length the program does not know; their bodies are
+        counted once, so that `flops` is then a lower bound.
+    """
+
+    flops: float
+    unbounded: tuple[str, ...] = ()
+
+    def __add__(self, other: "FlopCount") -> "FlopCount":
+        return FlopCount(self.flops + other.flops, tuple(dict.fromkeys(self.unbounded + other.unbounded)))
+
+    def __rmul__(self, times: float) -> "FlopCount":
+        return FlopCount(times * self.flops, self.unbounded)
+
+
+def forward_flops(function: Callable, *abstract: Any) -> FlopCount:
+    """FLOPs of one call of `function`, which is traced and not run.
+
+    Args:
+      function: any traceable function.
+      abstract: its arguments, as arrays or `jax.ShapeDtypeStruct`.
+    """
+    return _walk(jax.make_jaxpr(function)(*abstract).jaxpr, getattr(function, "__name__", "function"))
+
+
+def training_flops(forward: FlopCount) -> FlopCount:
+    """FLOPs of a forward and a backward pass: each product of the one makes two of the other."""
+    return 3.0 * forward
+
+
+def _walk(jaxpr: Any, name: str) -> FlopCount:
+    total = FlopCount(0.0)
+    for equation in jaxpr.eqns:
+        total += _equation(equation, name)
+    return total
+
+
+def _equation(equation: Any, name: str) -> FlopCount:
+    kind, params = equation.primitive.name, equation.params
+    shapes: list[tuple[int, ...]] = [getattr(variable.aval, "shape", ()) for variable in equation.invars]
+    result = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
+    if kind == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return FlopCount(2.0 * result * math.prod(shapes[0][axis] for axis in contracted))
+    if kind == "conv_general_dilated":
+        # A kernel's elements without its output features are what one output element sums.
+        out_features = shapes[1][params["dimension_numbers"].rhs_spec[0]]
+        return FlopCount(2.0 * result * math.prod(shapes[1]) / out_features)
+    if kind in ("ragged_dot", "ragged_dot_general"):
+        # Each row meets the matrix of its own group only: [m, k] by one [k, n] out of [g, k, n].
+        return FlopCount(2.0 * result * shapes[0][-1])
+    if kind.startswith("dot_product_attention_fwd"):
+        # cuDNN's attention: query [B, T, N, H] and key [B, S, N, H]; two products.
+        causal = 0.5 if "CAUSAL" in str(params.get("mask_type", "")) else 1.0
+        return FlopCount(causal * 4.0 * math.prod(shapes[0]) * shapes[1][1])
+    if kind == "scan":
+        return params["length"] * _walk(params["jaxpr"].jaxpr, name)
+    if kind == "while":
+        # `fori_loop` between numbers is a scan already: what remains ends by its data.
+        body = _walk(params["body_jaxpr"].jaxpr, name)
+        return body + FlopCount(0.0, (name,) if body.flops else ())
+    if kind == "cond":
+        return max((_walk(branch.jaxpr, name) for branch in params["branches"]), key=lambda count: count.flops)
+    if kind == "shard_map":
+        # The axes' name in the equation differs between releases of jax.
+        manual = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
+        copies = math.prod(params["mesh"].shape[axis] for axis in manual)
+        return copies * _walk(params["jaxpr"], name)
+    if kind == "pallas_call":
+        return math.prod(params["grid_mapping"].grid) * _walk(params["jaxpr"], name)
+    inner = params.get("name") if kind in ("jit", "pjit") else None
+    total = FlopCount(0.0)
+    for jaxpr in _inside(params):
+        total += _walk(jaxpr, inner or name)
+    return 0.5 * total if inner and inner.startswith(CAUSAL_PREFIX) else total
+
+
+def _inside(params: dict[str, Any]) -> Iterator[Any]:
+    """The jaxprs among an equation's parameters: of jit, remat, and the forward rules of custom derivatives."""
+    for value in params.values():
+        jaxpr = getattr(value, "jaxpr", value)
+        if hasattr(jaxpr, "eqns"):
+            yield jaxpr
+
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOP/s of one device, and where the number is from."""
+
+    flops: float
+    source: str
+
+
+def peak_flops(device: Any = None) -> Peak:
+    """The FLOP/s that a share of is reported: the data sheet's, or for a device not in the table a measured product's.
+
+    A CPU has no honest data sheet here, and fake CPU devices share its cores: its peak is measured once, for the whole
+    machine, as the best of several large float32 products.
+
+    Args:
+      device: None is the first device.
+    """
+    device = jax.devices()[0] if device is None else device
+    kind = device.device_kind.lower()
+    for part, flops in PEAKS.items():
+        if part in kind:
+            return Peak(flops, f"{device.device_kind}, dense bfloat16, data sheet")
+    return _measured_peak(device)
+
+
+@functools.cache
+def _measured_peak(device: Any, size: int = 1024, repeats: int = 5) -> Peak:
+    matrix = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+    product = jax.jit(jnp.matmul)
+    product(matrix, matrix).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(matrix, matrix).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    share = 1 if device.platform != "cpu" else jax.local_device_count(device.platform)
+    flops = 2.0 * size**3 / min(seconds) / share
+    return Peak(flops, f"{device.device_kind}, measured float32 product of {size} x {size} matrices")
+
+
+@dataclass(frozen=True)
+class Mfu:
+    """Model FLOPs utilisation, 0 to 1, with the formula and numbers that made it."""
+
+    value: float
+    formula: str
+
+
+def mfu(count: FlopCount, seconds: float, *, devices: int, peak: Peak) -> Mfu:
+    """The share of the devices' peak that a step's model FLOPs are.
+
+    Args:
+      count: FLOPs of the step over all devices, from `training_flops`.
+      seconds: duration of the step.
+      devices: how many devices worked on it.
+      peak: of one of them.
+    """
+    value = count.flops / (seconds * devices * peak.flops)
+    bound = f" (at least: loops of unknown length in {', '.join(count.unbounded)})" if count.unbounded else ""
+    formula = (
+        f"MFU = model FLOPs / (seconds x devices x peak) = {count.flops:.4g}{bound} / ({seconds:.4g} x {devices} x "
+        f"{peak.flops:.4g}); model FLOPs: matrix products, 3 x forward, causal attention by half, recomputation not "
+        f"counted; peak: {peak.source}"
+    )
+    return Mfu(value, formula)
