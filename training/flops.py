@@ -93,9 +93,8 @@ def _equation(equation: Any, name: str) -> FlopCount:
         # Each row meets the matrix of its own group only: [m, k] by one [k, n] out of [g, k, n].
         return FlopCount(2.0 * result * shapes[0][-1])
     if kind.startswith("dot_product_attention_fwd"):
-        # cuDNN's attention: query [B, T, N, H] and key [B, S, N, H]; two products.
-        causal = 0.5 if "CAUSAL" in str(params.get("mask_type", "")) else 1.0
-        return FlopCount(causal * 4.0 * math.prod(shapes[0]) * shapes[1][1])
+        # cuDNN's attention, query [B, T, N, H] and key [B, S, N, H]: two products. A causal one is halved by its name.
+        return FlopCount(4.0 * math.prod(shapes[0]) * shapes[1][1])
     if kind == "scan":
         return params["length"] * _walk(params["jaxpr"].jaxpr, name)
     if kind == "while":

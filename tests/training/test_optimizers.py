@@ -28,6 +28,7 @@ LAYER = {
     "attention/query/bias": ((2, 4), ("heads", "kv")),
     "mlp/up/kernel": ((6, 10), ("embed", "mlp")),
     "mlp/up/bias": ((10,), ("mlp",)),
+    "attention/gate": ((2,), ("heads",)),
     "norm/scale": ((6,), ("embed",)),
 }
 MIDDLE = {"mlp/down/kernel": ((10, 6), ("mlp", "embed"))}
