@@ -1,7 +1,7 @@
 """How many FLOPs a function does, and what share of the machine that is.
 
-XLA's `cost_analysis` counts the body of a loop once. Here the jaxpr is walked, and each loop's body counts as often as it
-runs. Only products of matrices count, as in the published figures of model FLOPs.
+XLA's `cost_analysis` counts the body of a loop once. Here the jaxpr is walked, and each loop's body counts as often as
+it runs. Only products of matrices count, as in the published figures of model FLOPs.
 
 Two conventions. A jitted function whose name begins with `attention_causal` counts by half, since half of its products
 are masked. And a training step is three times its forward pass: what is recomputed in the backward pass is not counted.
@@ -80,7 +80,7 @@ def _walk(jaxpr: Any, name: str) -> FlopCount:
 
 def _equation(equation: Any, name: str) -> FlopCount:
     kind, params = equation.primitive.name, equation.params
-    shapes = [getattr(variable.aval, "shape", ()) for variable in equation.invars]
+    shapes: list[tuple[int, ...]] = [getattr(variable.aval, "shape", ()) for variable in equation.invars]
     result = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
     if kind == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -93,9 +93,8 @@ def _equation(equation: Any, name: str) -> FlopCount:
         # Each row meets the matrix of its own group only: [m, k] by one [k, n] out of [g, k, n].
         return FlopCount(2.0 * result * shapes[0][-1])
     if kind.startswith("dot_product_attention_fwd"):
-        # cuDNN's attention: query [B, T, N, H] and key [B, S, N, H]; two products.
-        causal = 0.5 if "CAUSAL" in str(params.get("mask_type", "")) else 1.0
-        return FlopCount(causal * 4.0 * math.prod(shapes[0]) * shapes[1][1])
+        # cuDNN's attention, query [B, T, N, H] and key [B, S, N, H]: two products. A causal one is halved by its name.
+        return FlopCount(4.0 * math.prod(shapes[0]) * shapes[1][1])
     if kind == "scan":
         return params["length"] * _walk(params["jaxpr"].jaxpr, name)
     if kind == "while":
@@ -105,7 +104,9 @@ def _equation(equation: Any, name: str) -> FlopCount:
     if kind == "cond":
         return max((_walk(branch.jaxpr, name) for branch in params["branches"]), key=lambda count: count.flops)
     if kind == "shard_map":
-        copies = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        # The axes' name in the equation differs between releases of jax.
+        manual = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
+        copies = math.prod(params["mesh"].shape[axis] for axis in manual)
         return copies * _walk(params["jaxpr"], name)
     if kind == "pallas_call":
         return math.prod(params["grid_mapping"].grid) * _walk(params["jaxpr"], name)

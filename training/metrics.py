@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,11 @@ class MetricWriter:
             raise UserError(f"{self.folder}: metrics cannot be written there: {error.strerror}") from None
         from tensorboardX import SummaryWriter
 
-        # Events cannot be cut; a purge step makes readers forget those after it.
-        self._events = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None, write_to_disk=True)
+        # Events cannot be cut; a purge step makes readers forget those after it. File names begin with the second they
+        # were made in and are read in order: the suffix keeps a start within the same second apart, and behind.
+        suffix = f".{step:012d}.{os.getpid()}.{time.time_ns()}"
+        purge = step + 1 if step else None
+        self._events = SummaryWriter(str(self.folder), purge_step=purge, filename_suffix=suffix)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Appends one step's scalars; numbers or arrays of no axes (waits for them).

@@ -1,0 +1,395 @@
+"""Checkpoints of a run: written aside while training goes on, checked when read, restored onto any mesh.
+
+Orbax writes and reshards. Of its two interfaces this uses the first (`CheckpointManager`): in the releases that Python
+3.11 can have, the second is still under `orbax.checkpoint.experimental.v1`, and only the first leaves the reading side,
+which here has to survive broken folders, separable from the managing side.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from checkpoints.barrier import barrier
+from checkpoints.leaves import (
+    NAMED_AT_MOST,
+    checksums,
+    compare,
+    content_hash,
+    like_abstract,
+    named_leaves,
+    plain,
+    plain_abstract,
+    table,
+)
+from partitioning.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+ASIDE = "aside"
+FROZEN = "frozen"
+_NO_ROOM = ("ENOSPC", "No space left", "EDQUOT", "quota exceeded", "EFBIG", "File too large")
+_NOT_ALLOWED = ("EACCES", "Permission denied", "EROFS", "Read-only file system", "PERMISSION_DENIED")
+
+
+class BrokenError(Exception):
+    """A checkpoint that cannot be restored whole; the message says what is wrong with it."""
+
+
+@contextmanager
+def _writing(folder: Any) -> Iterator[None]:
+    """Turns a full or forbidden disk, wherever Orbax met it, into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        if any(sign in text for sign in _NO_ROOM):
+            raise UserError(
+                f"{folder}: no room on the disk for the checkpoint; the earlier ones are whole: free some space, or "
+                "keep fewer"
+            ) from error
+        if any(sign in text for sign in _NOT_ALLOWED) or isinstance(error, (NotADirectoryError, FileExistsError)):
+            raise UserError(f"{folder}: cannot be written to: {error}") from error
+        raise
+
+
+class Checkpoints:
+    """The checkpoints in one folder.
+
+    Each holds the arrays of a pytree by path, and a JSON record: the caller's metadata, and shape, dtype and checksum
+    of every leaf. It appears under its step's number only when it is whole, so a killed write leaves nothing behind
+    that could be taken for one. Reading never changes the folder. When a run goes on from a step, later checkpoints
+    (broken ones, or another future's) are moved to `aside/` at its first save.
+
+    Args:
+      folder: local path or `gs://` address; made by the first save.
+      keep: how many of the newest checkpoints stay.
+      every: steps between checkpoints, for `due`; None is never.
+      timeout_s: seconds that processes wait for each other, and for a write to end.
+      on_broken: called with one line for every checkpoint that is skipped; None logs a warning.
+
+    Raises:
+      UserError: the folder is a file; `keep` or `every` is less than 1.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        keep: int = 3,
+        every: int | None = None,
+        timeout_s: int = 600,
+        on_broken: Callable[[str], None] | None = None,
+    ):
+        from etils import epath
+
+        if keep < 1 or (every is not None and every < 1):
+            raise UserError(f"checkpoints: keep ({keep}) and every ({every}) must be 1 or more")
+        path = epath.Path(folder)
+        self.folder = path if "://" in str(folder) else path.expanduser().absolute()
+        for part in (self.folder, *self.folder.parents):
+            if part.exists():
+                if not part.is_dir():
+                    raise UserError(f"{part} is a file: checkpoints need a folder")
+                break
+        self.keep, self.every, self.timeout_s = keep, every, timeout_s
+        self._on_broken = on_broken or (lambda line: log.warning("%s", line))
+        self._manager: Any = None
+        self._last: int | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` steps."""
+        return self.every is not None and step > 0 and step % self.every == 0
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, ascending; some may prove broken. Unfinished writes do not count."""
+        if not self.folder.exists():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+    # -- writing
+
+    def save(self, step: int, arrays: Any, metadata: Mapping[str, Any]) -> bool:
+        """Copies the arrays and writes them in the background; the caller may change or donate them at once.
+
+        Waits for the previous write first, and reports its failure.
+
+        Args:
+          step: optimizer steps done.
+          arrays: pytree of `jax.Array` (of any sharding, PRNG keys included), numpy arrays and numbers.
+          metadata: anything JSON can hold: control log, data identity, versions, hash of the config.
+
+        Returns:
+          Whether it was written: False where this object has saved or restored the same step.
+
+        Raises:
+          UserError: the disk is full or may not be written to.
+          TimeoutError: a process did not come within `timeout_s`.
+        """
+        import orbax.checkpoint as ocp
+
+        if step == self._last:
+            return False
+        barrier(f"save {step}", timeout_s=self.timeout_s)
+        with _writing(self.folder):
+            self._set_aside()
+            manager = self._open()
+            manager.wait_until_finished()
+            manager.check_for_errors()
+            flat = {name: plain(leaf) for name, leaf in named_leaves(arrays).items()}
+            # Orbax refuses what has no elements; the record alone can give it back.
+            full = {name: leaf for name, leaf in flat.items() if leaf.size}
+            sums = checksums(full)
+            leaves = {name: entry | {"checksum": sums.get(name)} for name, entry in table(flat).items()}
+            record = {"format": FORMAT, "step": step, "leaves": leaves, "metadata": dict(metadata)}
+            items = {"metadata": ocp.args.JsonSave(json.loads(json.dumps(record)))}
+            if full:
+                items["arrays"] = ocp.args.StandardSave(full)
+            manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._last = step
+        return True
+
+    def wait(self) -> None:
+        """Waits for the write under way.
+
+        Raises:
+          UserError: it failed for want of room or permission.
+        """
+        if self._manager is not None:
+            with _writing(self.folder):
+                self._manager.wait_until_finished()
+                self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Waits for the write under way and ends the threads; raises as `wait`."""
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            with _writing(self.folder):
+                try:
+                    manager.wait_until_finished()
+                    manager.check_for_errors()
+                finally:
+                    manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self) -> Any:
+        """Orbax's manager, made by the first save, since making it clears unfinished writes away."""
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint.checkpoint_managers import LatestN
+
+        if self._manager is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            processes = jax.process_count()
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                item_names=("arrays", "metadata"),
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=LatestN(self.keep),
+                    cleanup_tmp_directories=True,
+                    async_options=ocp.AsyncOptions(timeout_secs=self.timeout_s),
+                    # Barriers over named processes time out; those over "all" are collectives that wait for ever.
+                    multiprocessing_options=ocp.options.MultiprocessingOptions(
+                        active_processes=set(range(processes)) if processes > 1 else None
+                    ),
+                ),
+            )
+        return self._manager
+
+    def _set_aside(self) -> None:
+        """Moves what is newer than the state that this run goes on from out of the way, once."""
+        if self._manager is not None:
+            return
+        newer = [step for step in self.steps() if self._last is None or step > self._last]
+        if newer and jax.process_index() == 0:
+            aside = self.folder / ASIDE
+            aside.mkdir(parents=True, exist_ok=True)
+            for step in newer:
+                (self.folder / str(step)).rename(aside / f"{step}-{time.time_ns()}")
+                log.warning("%s: checkpoint %d is not of this run's past: moved to %s", self.folder, step, aside)
+        barrier("set aside", timeout_s=self.timeout_s)
+
+    # -- reading
+
+    def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """The newest complete checkpoint, or that of one step, laid out as `abstract` says.
+
+        Args:
+          abstract: pytree of `jax.ShapeDtypeStruct` with shardings (or arrays, whose values do not matter): the
+            structure, shapes, dtypes and shardings to restore to. Any mesh restores any other's.
+          step: None takes the newest that is whole, and reports those it skips.
+
+        Returns:
+          The arrays in the structure of `abstract`, and the metadata that was saved with them.
+
+        Raises:
+          UserError: there is no checkpoint; none is complete; it is of another model (which leaves differ).
+        """
+        return self._restore(abstract, step, whole=True)
+
+    def restore_part(self, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """As `restore`, of some leaves only: parameters without the optimizer, one tree out of several."""
+        return self._restore(abstract, step, whole=False)
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """The metadata of one checkpoint.
+
+        Raises:
+          UserError: it is not there, or its record cannot be read.
+        """
+        try:
+            return self._record(step)["metadata"]
+        except BrokenError as error:
+            raise UserError(f"{self.folder / str(step)}: {error}") from None
+
+    def verify(self, step: int) -> None:
+        """Reads a whole checkpoint, on one device, and compares every leaf with its checksum.
+
+        Raises:
+          UserError: what cannot be read, or which leaves have changed.
+        """
+        try:
+            leaves = self._record(step)["leaves"]
+            abstract = {
+                name: plain_abstract(jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(entry["dtype"])))
+                for name, entry in leaves.items()
+            }
+            self._arrays(step, abstract, leaves)
+        except BrokenError as error:
+            raise UserError(f"{self.folder / str(step)}: {error}") from None
+
+    def _restore(self, abstract: Any, step: int | None, *, whole: bool) -> tuple[Any, dict[str, Any]]:
+        steps = self.steps()
+        if not steps or (step is not None and step not in steps):
+            what = "checkpoint" if step is None else f"checkpoint of step {step}"
+            raise UserError(f"{self.folder} has no {what}; steps there: {', '.join(map(str, steps)) or 'none'}")
+        wanted = named_leaves(abstract)
+        stored = {name: plain_abstract(leaf) for name, leaf in wanted.items()}
+        reasons: list[str] = []
+        for candidate in reversed(steps) if step is None else [step]:
+            where = self.folder / str(candidate)
+            try:
+                record = self._record(candidate)
+                compare(record["leaves"], table(stored), where=f"checkpoint {where}", whole=whole)
+                flat = self._arrays(candidate, stored, record["leaves"])
+            except BrokenError as error:
+                reasons.append(f"{where}: {error}")
+                if step is None:
+                    self._on_broken(f"checkpoint {where} is broken and skipped: {error}")
+                continue
+            if whole:
+                self._last = candidate
+            leaves = [like_abstract(flat[name], leaf) for name, leaf in wanted.items()]
+            return jax.tree.unflatten(jax.tree.structure(abstract), leaves), record["metadata"]
+        raise UserError(f"no complete checkpoint in {self.folder}: " + "; ".join(reasons[:NAMED_AT_MOST]))
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """The JSON record of a checkpoint."""
+        path = self.folder / str(step) / "metadata" / "metadata"
+        try:
+            record = json.loads(path.read_text())
+            if record["format"] != FORMAT:
+                raise UserError(f"{path} is of format {record['format']}; this version reads {FORMAT}")
+            if not isinstance(record["leaves"], dict) or not isinstance(record["metadata"], dict):
+                raise TypeError("the record's parts are not tables")
+        except OSError:
+            raise BrokenError("its metadata is missing") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise BrokenError(f"its metadata cannot be read ({error})") from None
+        return record
+
+    def _arrays(self, step: int, stored: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """The leaves `stored` of a checkpoint, each with the bits that were saved."""
+        flat = _read(self.folder / str(step) / "arrays", stored)
+        sums = checksums({name: leaf for name, leaf in flat.items() if leaf.size})
+        changed = [name for name, value in sums.items() if value != leaves[name]["checksum"]]
+        if changed:
+            raise BrokenError(f"{len(changed)} leaves are not as they were saved, first {changed[0]!r}")
+        return flat
+
+    # -- frozen trees
+
+    def save_frozen(self, name: str, arrays: Any) -> dict[str, str]:
+        """Writes a tree that never changes once, under its content's hash, and returns the reference to keep.
+
+        Args:
+          name: the tree's name, one path component.
+          arrays: pytree of arrays.
+
+        Returns:
+          `{"path": folder relative to the checkpoints, "hash": SHA-256}`, for the metadata of checkpoints.
+
+        Raises:
+          UserError: the disk is full or may not be written to.
+        """
+        import orbax.checkpoint as ocp
+
+        flat = {leaf_name: plain(leaf) for leaf_name, leaf in named_leaves(arrays).items()}
+        digest = content_hash(flat)
+        reference = {"path": f"{FROZEN}/{name}-{digest[:12]}", "hash": digest}
+        target = self.folder / reference["path"]
+        if not target.exists():
+            with _writing(self.folder):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with ocp.StandardCheckpointer(async_options=ocp.AsyncOptions(timeout_secs=self.timeout_s)) as writer:
+                    writer.save(target, {key: leaf for key, leaf in flat.items() if leaf.size})
+                    writer.wait_until_finished()
+        return reference
+
+    def load_frozen(self, reference: Mapping[str, str], abstract: Any) -> Any:
+        """A frozen tree in the structure and shardings of `abstract`, with the content its reference names.
+
+        Raises:
+          UserError: it is missing or cannot be read, or its content has another hash.
+        """
+        where = self.folder / reference["path"]
+        wanted = named_leaves(abstract)
+        if not where.exists():
+            raise UserError(f"the frozen tree {where} is missing: copy it there, or start the run anew")
+        try:
+            flat = _read(where, {name: plain_abstract(leaf) for name, leaf in wanted.items()})
+        except BrokenError as error:
+            raise UserError(f"the frozen tree {where} cannot be restored: {error}") from None
+        digest = content_hash(flat)
+        if digest != reference["hash"]:
+            raise UserError(
+                f"the frozen tree {where} has hash {digest[:12]}, not {reference['hash'][:12]}: not that tree"
+            )
+        leaves = [like_abstract(flat[name], leaf) for name, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _read(path: Any, stored: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Named leaves of an Orbax folder, by their abstract form; leaves without elements are made."""
+    import orbax.checkpoint as ocp
+
+    full = {name: leaf for name, leaf in stored.items() if leaf.size}
+    flat = {}
+    if full:
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                restore_args = ocp.checkpoint_utils.construct_restore_args(full)
+                args = ocp.args.PyTreeRestore(item=full, restore_args=restore_args, partial_restore=True)
+                flat = reader.restore(path, args=args)
+        # Orbax and tensorstore raise many kinds for a damaged folder; all of them mean that it cannot be restored.
+        except Exception as error:
+            raise BrokenError(f"its arrays cannot be read ({type(error).__name__}: {str(error)[:300]})") from error
+        absent = sorted(name for name in full if not isinstance(flat.get(name), jax.Array))
+        if absent:
+            raise BrokenError(f"{len(absent)} leaves are missing in it, first {absent[0]!r}")
+    for name, leaf in stored.items():
+        if not leaf.size:
+            flat[name] = jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+    return flat
