@@ -90,7 +90,7 @@ class Bindings:
         self.macros: dict[str, Bind] = {}
         self.calls: dict[tuple[Scope, Symbol], Call] = {}
         self.source = ""  # the file that an error about no particular line names
-        self._filling: list[object] = []
+        self._making: list[object] = []
 
     def add(self, bind: Bind) -> None:
         """Put a binding in force; a later one of the same name takes an earlier one's place."""
@@ -110,13 +110,16 @@ class Bindings:
             found |= self.table.get((scope[:depth], symbol), {})
         return found
 
-    def evaluate(self, value: Any, where: Where) -> Any:
+    def evaluate(self, value: Any, where: Where | str) -> Any:
         """A binding's value as the callee gets it: fresh containers, references resolved in the current scope."""
         if isinstance(value, Use):
             if is_format(value.symbol.target):
                 return value.symbol.target
             made = Made(self, value.symbol, value.scope, _SCOPE.get())
-            return made() if value.call else made
+            if not value.call:
+                return made
+            with self._once((made.scope, value.symbol), where, repr(value)):
+                return made()
         if value == REQUIRED:
             return REQUIRED
         if isinstance(value, MacroUse):
@@ -132,13 +135,13 @@ class Bindings:
 
     @contextlib.contextmanager
     def _once(self, key: object, where: object, name: str) -> Iterator[None]:
-        if key in self._filling:
+        if key in self._making:
             raise UserError(f"{where}: {name} is needed to make itself: expected no circle of references")
-        self._filling.append(key)
+        self._making.append(key)
         try:
             yield
         finally:
-            self._filling.pop()
+            self._making.pop()
 
     def call(self, symbol: Symbol, scope: Scope, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Call `symbol` in `scope`: the caller's arguments, then what is bound.
@@ -153,9 +156,8 @@ class Bindings:
             bound: dict[str, Any] = {}
             used = {n: b for n, b in self.lookup(scope, symbol).items() if n not in given}
             for name, bind in used.items():
-                with self._once((scope, symbol), bind.where, symbol.name):
-                    bind.consumed = True
-                    bound[name] = self._value(bind, name)
+                bind.consumed = True
+                bound[name] = self._value(bind, name)
             record.used |= used
             record.open |= {n for n in symbol.arguments if n not in given and n not in used}
             self._check_complete(symbol, scope, given, used)

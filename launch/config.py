@@ -89,7 +89,7 @@ def load(
     for bind in _resolve_overrides(extra, names, bindings):
         bindings.add(bind)
     _check_macros(bindings)
-    value = bindings.call(top_symbol, (), (), {})
+    value = bindings.evaluate(Use((), top_symbol, call=True), top)
     if exercise is not None:
         exercise(value)
     _check_consumed(bindings)
@@ -142,11 +142,10 @@ def _resolve_overrides(extra: Sequence[syntax.Binding], names: Names, bindings: 
 
 def _bare(statement: syntax.Binding, bindings: Bindings, names: Names) -> UserError:
     """For `rate = 0.4`, which says of what class: the arguments of that name."""
-    options = {
-        argument: f"{symbol.name}.{argument}" for symbol in names.mentioned.values() for argument in symbol.arguments
-    }
+    options = {a: f"{s.name}.{a}" for s in names.mentioned.values() for a in s.arguments}
     same = [f"{s.name}.{statement.name}" for s in names.mentioned.values() if statement.name in s.arguments]
-    close = f"; nearest: {', '.join(sorted(same))}" if same else nearest(statement.name, [*bindings.macros, *options])
+    options |= {macro: macro for macro in bindings.macros}
+    close = f"; nearest: {', '.join(sorted(same))}" if same else nearest(statement.name, options)
     return UserError(f"{statement.where}: expected `Class.{statement.name} = ...`{close}")
 
 
@@ -186,7 +185,7 @@ def _check_macros(bindings: Bindings) -> None:
     for bind in bindings.all():
         for part in _parts(bind.value):
             if isinstance(part, MacroUse) and part != REQUIRED and part.name not in bindings.macros:
-                close = nearest(part.name, bindings.macros)
+                close = nearest(part.name, list(bindings.macros))
                 raise UserError(f"{bind.where}: nothing defines %{part.name}: expected `{part.name} = ...`{close}")
 
 
@@ -203,8 +202,7 @@ def _check_consumed(bindings: Bindings) -> None:
 def _why(bind: Bind, bindings: Bindings, scopes: set[Scope]) -> str:
     if bind.symbol is None:
         options = {a: f"{s.name}.{a}" for _, s in bindings.calls for a in s.arguments}
-        meant = options.get(bind.argument)
-        return f"is a macro that nothing uses{f'; nearest: {meant}' if meant else nearest(bind.argument, options)}"
+        return f"is a macro that nothing uses{nearest(bind.argument, options)}"
     built = [scope for scope, symbol in bindings.calls if symbol is bind.symbol]
     at = len(bind.scope)
     if not built:

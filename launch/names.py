@@ -17,9 +17,13 @@ from launch.allowed import LIBRARIES, OURS, Allowed, is_configurable, is_format
 from partitioning.errors import UserError
 
 
-def nearest(name: str, options: Iterable[str]) -> str:
-    """`; nearest: a, b` for an error message, or nothing where no option comes near."""
-    by_low = {option.lower(): option for option in sorted(set(options), reverse=True)}
+def nearest(name: str, options: Iterable[str] | Mapping[str, str]) -> str:
+    """`; nearest: a, b` for an error message, or nothing where no option comes near.
+
+    A mapping gives for each option what to show for it.
+    """
+    shown = options if isinstance(options, Mapping) else {option: option for option in options}
+    by_low = {option.lower(): shown[option] for option in sorted(shown, reverse=True)}
     found = difflib.get_close_matches(name.lower(), by_low, n=3, cutoff=0.5)
     if not found:
         # `models.RandomTokens` for `objectives.RandomTokens`: a wrong package, a right name.
@@ -197,8 +201,8 @@ class Names:
                 raise UserError(f"{where}: {name} may mean {found}: expected one of them in full")
             if symbols:
                 return next(iter(symbols.values()))
-        last = {full.rsplit(".", 1)[-1]: full for full in [*offered, *self.mentioned]}
-        close = nearest(name, [*offered, *self.mentioned]) or nearest(name, last)
+        full = [*offered, *self.mentioned]
+        close = nearest(name, {f.rsplit(".", 1)[-1]: f for f in full} if "." not in name else full)
         raise UserError(f"{where}: {name} is unknown{close}")
 
     def from_full(self, name: str, where: object) -> Symbol:
@@ -230,7 +234,7 @@ def check_argument(symbol: Symbol, argument: str, where: object) -> None:
     """Raise UserError, with the nearest names, where `symbol` has no such argument."""
     if argument in symbol.arguments or symbol.open_ended:
         return
-    close = nearest(argument, symbol.arguments) or (
+    close = nearest(argument, list(symbol.arguments)) or (
         f"; it has {', '.join(symbol.arguments)}" if symbol.arguments else "; it has none"
     )
     raise UserError(f"{where}: {symbol.name} has no argument {argument}{close}")

@@ -151,7 +151,7 @@ def test_includes_and_many_files(load, tmp_path):
     assert [b.where for b in run.bindings if b.name == "workshop.Run.steps"] == [f"{tmp_path / 'x.gin'}:5"]
     second = tmp_path / "y.gin"
     second.write_text("from __gin__ import dynamic_registration\nfrom workshop import nothing\n")
-    with pytest.raises(UserError, match="workshop.nothing"):
+    with pytest.raises(UserError, match=r"workshop\.nothing"):
         config.load([str(tmp_path / "x.gin"), str(second)], top="workshop.Run", allow_import=["workshop"])
 
 
