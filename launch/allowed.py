@@ -10,9 +10,9 @@ import inspect
 from typing import Any
 
 from launch import syntax
+from launch.ours import OURS
 from partitioning.errors import UserError
 
-OURS = ("partitioning", "checkpoints", "models", "data", "objectives", "training", "evaluation", "configs")
 LIBRARIES = ("optax",)
 FORMATS = (
     *("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"),

@@ -13,7 +13,7 @@ import functools
 import inspect
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gin
@@ -85,7 +85,8 @@ class Call:
 class Bindings:
     """All bindings of one configuration, and the record of what was built with them."""
 
-    def __init__(self) -> None:
+    def __init__(self, find: Callable[[type], Symbol | None]) -> None:
+        self._find = find  # the symbol of a class that a default builds, None where a configuration may not bind it
         self.table: dict[tuple[Scope, Symbol], dict[str, Bind]] = {}
         self.macros: dict[str, Bind] = {}
         self.calls: dict[tuple[Scope, Symbol], Call] = {}
@@ -109,6 +110,10 @@ class Bindings:
         for depth in range(len(scope) + 1):
             found |= self.table.get((scope[:depth], symbol), {})
         return found
+
+    def taken(self, scope: Scope, symbol: Symbol) -> dict[str, Bind]:
+        """What a call takes in all: the bindings, and the parts that it builds by default."""
+        return self._defaults(symbol) | self.lookup(scope, symbol)
 
     def evaluate(self, value: Any, where: Where | str) -> Any:
         """A binding's value as the callee gets it: fresh containers, references resolved in the current scope."""
@@ -154,7 +159,7 @@ class Bindings:
             record = self.calls.setdefault((scope, symbol), Call())
             record.given |= given
             bound: dict[str, Any] = {}
-            used = {n: b for n, b in self.lookup(scope, symbol).items() if n not in given}
+            used = {n: b for n, b in self.taken(scope, symbol).items() if n not in given}
             for name, bind in used.items():
                 bind.consumed = True
                 bound[name] = self._value(bind, name)
@@ -164,13 +169,24 @@ class Bindings:
             try:
                 return symbol.target(*args, **bound, **kwargs)
             except UserError as error:
-                if used and not getattr(error, "placed", False):
-                    error = UserError(f"{next(iter(used.values())).where}: {symbol.name}: {error}")
+                placed = [bind.where for bind in used.values() if bind.where.line]
+                if placed and not getattr(error, "placed", False):
+                    error = UserError(f"{placed[0]}: {symbol.name}: {error}")
                     error.placed = True  # type: ignore[attr-defined]
                     raise error from None
                 raise
         finally:
             _SCOPE.reset(token)
+
+    def _defaults(self, symbol: Symbol) -> dict[str, Bind]:
+        """Parts that a dataclass builds by default, as bindings: they are built here, so that theirs are heard."""
+        found = {}
+        for name, cls in symbol.factories.items():
+            part = self._find(cls)
+            if part is not None:
+                place = Where(f"default of {symbol.name}.{name}", 0)
+                found[name] = Bind((), symbol, name, Use((), part, call=True), place)
+        return found
 
     def _value(self, bind: Bind, name: str) -> Any:
         assert bind.symbol is not None
@@ -300,5 +316,5 @@ def _tree(bindings: Bindings, symbol: Symbol, scope: Scope) -> Any:
         return value
 
     arguments = {n: p.default for n, p in symbol.arguments.items()}
-    arguments |= {n: plain(bind.value) for n, bind in bindings.lookup(scope, symbol).items()}
+    arguments |= {n: plain(bind.value) for n, bind in bindings.taken(scope, symbol).items()}
     return id(symbol.target), scope, arguments

@@ -67,8 +67,8 @@ def load(
         overrides: bindings such as `RandomTokens.rate = 0.4`; a name may be any end of the full one that is unique.
         top: the class to build.
         allow_import: further modules that the files may import and call.
-        exercise: called with the built object before bindings are counted as unused; it should build, abstractly,
-            whatever the object builds when it runs.
+        exercise: called with the built object; it should build, abstractly, whatever the object builds when it runs.
+            A binding that nothing used by then is refused. Without it, unused bindings pass.
 
     Errors: UserError, one line, for everything that is wrong with the files or overrides.
     """
@@ -82,7 +82,7 @@ def load(
     for source in sources:
         found += _resolve(source, names)
     top_symbol = names.from_full(top, sources[0].file if sources else top)
-    bindings = Bindings()
+    bindings = Bindings(lambda cls: names.intern(cls, cls.__qualname__) if allowed.module(cls.__module__) else None)
     bindings.source = ", ".join(source.file for source in sources)
     for bind in found:
         bindings.add(bind)
@@ -92,7 +92,7 @@ def load(
     value = bindings.evaluate(Use((), top_symbol, call=True), top)
     if exercise is not None:
         exercise(value)
-    _check_consumed(bindings)
+        _check_consumed(bindings)
     return Resolved(value, operative.text(bindings, top_symbol), _shown(bindings), _available(bindings))
 
 
@@ -236,6 +236,6 @@ def _available(bindings: Bindings) -> tuple[Parameter, ...]:
 def _short(default: Any) -> str:
     # A factory or an array has no form that one could write; what it is called says enough.
     if type(default).__module__ == "dataclasses":
-        return "made anew"
+        return "built anew"
     shown = getattr(default, "__name__", None) or repr(default)
     return shown if len(shown) <= 60 else shown[:57] + "..."

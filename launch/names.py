@@ -13,7 +13,8 @@ from types import ModuleType
 from typing import Any
 
 from launch import syntax
-from launch.allowed import LIBRARIES, OURS, Allowed, is_configurable, is_format
+from launch.allowed import LIBRARIES, Allowed, is_configurable, is_format
+from launch.ours import OURS
 from partitioning.errors import UserError
 
 
@@ -60,6 +61,14 @@ class Symbol:
         """The arguments that a binding can name."""
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         return {name: p for name, p in self.signature.parameters.items() if p.kind in kinds}
+
+    @functools.cached_property
+    def factories(self) -> dict[str, type]:
+        """Of a dataclass: the arguments whose default is a class, built anew for each object."""
+        if not (inspect.isclass(self.target) and dataclasses.is_dataclass(self.target)):
+            return {}
+        fields = dataclasses.fields(self.target)
+        return {f.name: f.default_factory for f in fields if f.init and inspect.isclass(f.default_factory)}
 
     @functools.cached_property
     def open_ended(self) -> bool:

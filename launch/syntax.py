@@ -22,14 +22,16 @@ HEADER = "from __gin__ import dynamic_registration"
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """Where a statement stands: a line of a file, or an override given on the command line."""
+    """Where a statement stands: a line of a file, an override given on the command line, or (line 0) in the code."""
 
     file: str
     line: int
     override: str | None = None
 
     def __str__(self) -> str:
-        return f"override {self.override!r}" if self.override is not None else f"{self.file}:{self.line}"
+        if self.override is not None:
+            return f"override {self.override!r}"
+        return f"{self.file}:{self.line}" if self.line else self.file
 
 
 @dataclasses.dataclass(frozen=True)

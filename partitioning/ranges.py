@@ -72,7 +72,12 @@ def violated(value: Any, annotation: Any) -> Range | None:
 @functools.cache
 def _ranged(cls: type) -> tuple[tuple[str, Any], ...]:
     hints = typing.get_type_hints(cls, include_extras=True)
-    return tuple((f.name, hints[f.name]) for f in dataclasses.fields(cls) if "Range(" in str(hints[f.name]))
+    return tuple((f.name, hints[f.name]) for f in dataclasses.fields(cls) if _has_range(hints[f.name]))
+
+
+def _has_range(annotation: Any) -> bool:
+    marks = getattr(annotation, "__metadata__", ())
+    return any(isinstance(m, Range) for m in marks) or any(map(_has_range, typing.get_args(annotation)))
 
 
 def check_fields(instance: Any) -> None:

@@ -155,6 +155,16 @@ def test_includes_and_many_files(load, tmp_path):
         config.load([str(tmp_path / "x.gin"), str(second)], top="workshop.Run", allow_import=["workshop"])
 
 
+def test_a_part_built_by_default_hears_its_bindings(load, workshop):
+    text = "workshop.Run.steps = 5\nworkshop.Run.objective = @workshop.Parted()\n"
+    resolved = load(text, "workshop.Hide.rate = 0.4")
+    assert resolved.value.objective == workshop.Parted(part=workshop.Hide(rate=0.4))
+    assert "workshop.Parted.part = @workshop.Hide()" in resolved.operative
+    assert load(resolved.operative, header="").value == resolved.value
+    assert load(text).value.objective == workshop.Parted()
+    assert "workshop.Hide.rate" in {p.name for p in load(text).available}
+
+
 def test_listing(load, tmp_path):
     resolved = load(ENOUGH, "Hide.rate = 0.4")
     shown = {b.name: (b.value, b.where, b.consumed) for b in resolved.bindings}

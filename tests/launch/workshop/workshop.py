@@ -73,6 +73,14 @@ def dropped(rate: float = 0.5, *, name: str = "drop") -> tuple[float, str]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Parted(Objective):
+    """An objective with a part of its own by default."""
+
+    part: Hide = dataclasses.field(default_factory=Hide)
+    names: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """The top object."""
 
