@@ -19,7 +19,7 @@ from typing import Any
 import gin
 
 from launch.allowed import is_format
-from launch.check import describe, expected
+from launch.check import describe, expected, makes
 from launch.names import Symbol
 from launch.syntax import Where
 from partitioning.errors import UserError
@@ -190,10 +190,15 @@ class Bindings:
 
     def _value(self, bind: Bind, name: str) -> Any:
         assert bind.symbol is not None
+        annotation = bind.symbol.hints.get(name)
+        use = bind.value
+        if isinstance(use, Use) and use.call and use.symbol.target in makes(annotation):
+            # Said now: built here, it would only miss what its receiver gives.
+            early = f"{bind.where}: {bind.name} = {use!r}: expected {describe(annotation)}"
+            raise _placed(f"{early}: @{use.symbol.name} without ()")
         value = self.evaluate(bind.value, bind.where)
         if value is REQUIRED:
             raise _missing(bind.symbol, name, bind.scope, f"{bind.where}: ")
-        annotation = bind.symbol.hints.get(name)
         words = None if annotation is None else expected(value, annotation)
         if words is not None:
             hint = ""

@@ -109,6 +109,25 @@ def _typeguard(value: Any, annotation: Any) -> str | None:
     return None
 
 
+def makes(annotation: Any) -> list[type]:
+    """The classes that a value of `annotation` may be a constructor of."""
+    annotation = getattr(annotation, "__value__", annotation)
+    origin, items = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated or origin in _UNIONS:
+        return [cls for member in items for cls in makes(member)]
+    if origin is collections.abc.Callable and items and inspect.isclass(items[-1]):
+        return [items[-1]]
+    return list(items) if origin is type and inspect.isclass(items[0]) else []
+
+
+def _union(members: tuple) -> str:
+    # A library's "array, scalar or number" is, in a file, a number.
+    arrays = {m for m in members if str(getattr(m, "__module__", "")).split(".")[0] in ("jax", "jaxlib", "numpy")}
+    if arrays and float in members:
+        members = tuple(m for m in members if m not in arrays and m not in (bool, int, complex))
+    return " or ".join(dict.fromkeys(describe(member) for member in members))
+
+
 def describe(annotation: Any) -> str:
     """An annotation in words: `a number in [0, 1] or a function of (step)`."""
     annotation = getattr(annotation, "__value__", annotation)
@@ -117,7 +136,7 @@ def describe(annotation: Any) -> str:
         ranges = [str(mark) for mark in annotation.__metadata__ if isinstance(mark, Range)]
         return " ".join([describe(annotation.__origin__), *ranges])
     if origin in _UNIONS:
-        return " or ".join(describe(member) for member in items)
+        return _union(items)
     if origin is typing.Literal:
         return f"one of {', '.join(map(repr, items))}"
     words = {int: "a whole number", float: "a number", str: "a string in quotes", bool: "True or False"}

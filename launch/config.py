@@ -82,7 +82,7 @@ def load(
     for source in sources:
         found += _resolve(source, names)
     top_symbol = names.from_full(top, sources[0].file if sources else top)
-    bindings = Bindings(lambda cls: names.intern(cls, cls.__qualname__) if allowed.module(cls.__module__) else None)
+    bindings = Bindings(names.of_class)
     bindings.source = ", ".join(source.file for source in sources)
     for bind in found:
         bindings.add(bind)
@@ -229,6 +229,8 @@ def _available(bindings: Bindings) -> tuple[Parameter, ...]:
                 continue
             kind = describe(symbol.hints[name]) if name in symbol.hints else "any"
             default = "required" if argument.default is argument.empty else _short(argument.default)
+            if name in symbol.factories:
+                default = f"{symbol.factories[name].__name__}()"
             found[f"{symbol.name}.{name}"] = Parameter(f"{symbol.name}.{name}", kind, default)
     return tuple(found[name] for name in sorted(found))
 

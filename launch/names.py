@@ -144,6 +144,12 @@ class Names:
             self._symbols[id(target)] = Symbol(f"{package}.{own}" if exported is target else spelled, target)
         return self._symbols[id(target)]
 
+    def of_class(self, cls: type) -> Symbol | None:
+        """The symbol of a class that code names, not a file; None where a configuration may not bind it."""
+        if not self.allowed.module(cls.__module__) or "." in cls.__qualname__:
+            return None
+        return self.intern(cls, f"{cls.__module__}.{cls.__qualname__}")
+
     def resolve(
         self, name: str, table: Mapping[str, ModuleType], where: object, *, quiet: bool = False
     ) -> Symbol | None:

@@ -41,6 +41,7 @@ def prepare(
         ),
     ],
     folder: Annotated[Path | None, typer.Option(help="Where prepared data is kept, for tasks by name.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a cache made otherwise.")] = False,
     allow_import: AllowImport = None,
 ) -> None:
     """Tokenise text once into a cache: of a named task, or of what a configuration reads."""
@@ -48,12 +49,13 @@ def prepare(
         if folder is not None:
             raise UserError("--folder goes with tasks by name: a configuration says itself where its data is kept")
         # What will be built may need the very data that is to be prepared, so nothing is built abstractly here.
-        _resolve(what, allow_import, exercise=False).value.data.prepare()
+        typer.echo(_resolve(what, allow_import, exercise=False).value.data.prepare(overwrite=overwrite))
         return
     import data
 
     for task in what:
-        data.prepare(task, folder=folder)
+        root = None if folder is None else str(folder)
+        typer.echo(data.prepare(task, folder=root, overwrite=overwrite, report=typer.echo))
 
 
 @app.command()

@@ -36,10 +36,15 @@ class Range:
         if math.isinf(self.low) and math.isinf(self.high):
             return "that is finite" if open_low and open_high else "of any size"
         if math.isinf(self.high):
-            return f"{'above' if open_low else 'of at least'} {self.low:g}"
+            return f"{'above' if open_low else 'of at least'} {_short(self.low)}"
         if math.isinf(self.low):
-            return f"{'below' if open_high else 'of at most'} {self.high:g}"
-        return f"in {'(' if open_low else '['}{self.low:g}, {self.high:g}{')' if open_high else ']'}"
+            return f"{'below' if open_high else 'of at most'} {_short(self.high)}"
+        ends = f"{_short(self.low)}, {_short(self.high)}"
+        return f"in {'(' if open_low else '['}{ends}{')' if open_high else ']'}"
+
+
+def _short(end: float) -> str:
+    return str(end) if isinstance(end, int) else f"{end:g}"
 
 
 def number(value: Any) -> bool:

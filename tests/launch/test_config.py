@@ -174,6 +174,9 @@ def test_listing(load, tmp_path):
     assert available["workshop.Run.steps"] == ("a whole number of at least 1", "required")
     assert available["workshop.Hide.rate"] == ("a number in [0, 1] or a function", "0.15")
     assert not any("Trunk" in name for name in available)
+    schedule = "workshop.Run.learning_rate = @optax.constant_schedule()\noptax.constant_schedule.value = 0.3\n"
+    kinds = {p.name: p.kind for p in load(ENOUGH + schedule).available}
+    assert kinds["optax.constant_schedule.value"] == "a number"
 
 
 def test_what_a_caller_gives_is_not_offered(load):

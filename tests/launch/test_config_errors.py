@@ -49,6 +49,10 @@ MISTAKES = {
         "workshop.Run.model = @workshop.dropped()",
         "expected a class or function that makes Trunk",
     ),
+    "built too early": (
+        "workshop.Run.model = @workshop.Trunk()",
+        "expected a class or function that makes Trunk or None: @workshop.Trunk without ()",
+    ),
     "class of another": ("workshop.Run.model = @workshop.Mixer", "expected a class or function that makes Trunk"),
     "type": ("workshop.Run.kind = @workshop.Mixer", "expected the class Objective or one derived from it"),
     "uncalled schedule": (
