@@ -288,7 +288,7 @@ class Made:
         return getattr(self.symbol.target, name)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Made) and self._tree() == other._tree()
+        return self is other or (isinstance(other, Made) and self._tree() == other._tree())
 
     def __hash__(self) -> int:
         return hash((id(self.symbol.target), self.scope))

@@ -75,6 +75,38 @@ def test_dry_run_trains_nothing(house, tmp_path):
     assert os.listdir(tmp_path) == ["x.gin"]
 
 
+def test_prepare(house, monkeypatch, capsys):
+    import data
+
+    def note(task, folder=None, *, overwrite=False, report=print):
+        house.append((task, folder, overwrite))
+        return f"in {task}"
+
+    monkeypatch.setattr(data, "prepare", note, raising=False)
+    assert palmette("prepare", "python_docs", "text.txt", "--folder", "there", "--overwrite") == 0
+    assert house == [("python_docs", "there", True), ("text.txt", "there", True)]
+    assert capsys.readouterr().out == "in python_docs\nin text.txt\n"
+
+
+def test_prepare_what_a_configuration_reads(house, monkeypatch, tmp_path, capsys):
+    import training
+
+    class Text:
+        """Data that prepares itself."""
+
+        def prepare(self, *, overwrite):
+            """Note the call."""
+            house.append(overwrite)
+            return "there"
+
+    monkeypatch.setattr(training.Run, "data", Text(), raising=False)
+    # Not built abstractly, as that may need the data: so a model's bindings are not counted as unused either.
+    (tmp_path / "x.gin").write_text(ENOUGH + "training.Run.model = @workshop.Trunk\nworkshop.Trunk.layers = 1\n")
+    assert trusted("prepare", "x.gin") == 0
+    assert house == [False]
+    assert capsys.readouterr().out == "there\n"
+
+
 def test_evaluate_reads_the_saved_configuration(house, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     assert trusted("evaluate", "run") == 2

@@ -102,6 +102,22 @@ def test_gin_itself_builds_the_same(load, tmp_path, which):
     gin.clear_config()
 
 
+def test_a_reference_remembers_the_scope_it_was_written_in(load):
+    """Here scopes are lexical where gin's are not: a constructor that is kept and called later still hears them."""
+    text = ENOUGH + "workshop.Run.model = @small/workshop.Keeper()\nworkshop.Keeper.make = @workshop.Trunk\n"
+    resolved = load(text + "small/workshop.Trunk.layers = 2\n")
+    assert build(resolved.value.model).layers == 2
+    assert load(resolved.operative, header="").value == resolved.value
+
+
+def test_a_scope_replaces_the_one_it_stands_in(load):
+    text = ENOUGH + "workshop.Run.model = @outer/workshop.Trunk\nworkshop.Trunk.layers = 1\n"
+    text += "workshop.Trunk.mixer = @inner/workshop.Mixer\ninner/workshop.Mixer.width = 3\n"
+    assert build(load(text).value.model).mixers[0].width == 3
+    with pytest.raises(UserError, match="scope outer never builds it"):
+        load(text + "outer/workshop.Mixer.width = 4\n")
+
+
 def test_two_configurations_do_not_disturb_each_other(load):
     first = load(FULL).value
     load(FULL, "Mixer.width = 2", "LAYERS = 1", "small/Mixer.width = 2")

@@ -194,6 +194,7 @@ ATTACKS = {
     "jax": "import jax\nworkshop.Run.extra = @jax.jit",
     "jax.numpy": "import jax.numpy as jnp\nworkshop.Run.extra = @jnp.load",
     "private": "workshop.Run.extra = @workshop.Hide.__init__.__globals__",
+    "private function": "workshop.Run.extra = @workshop._own",
     "subclasses": "workshop.Run.extra = @workshop.Hide.__subclasses__()",
     "builtins": "workshop.Run.extra = @workshop.__builtins__",
     "gin": "import gin\nworkshop.Run.extra = @gin.parse_config",

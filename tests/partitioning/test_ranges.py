@@ -19,6 +19,7 @@ class Rates:
     kept: Annotated[float, Range(0, 1, open="high")] | None = None
     layers: Annotated[int, Range(1)] = 1
     free: float = 0.0
+    either: Annotated[float, Range(0, 1)] | int = 0  # a plain number beside a range admits any
 
     def __post_init__(self):
         check_fields(self)
@@ -28,6 +29,7 @@ def test_what_fits():
     Rates(share=0, kept=0.0, layers=10**9, free=-math.inf)
     Rates(share=1.0, kept=0.999)
     Rates(share=lambda step: 7)
+    Rates(either=7)
 
 
 @pytest.mark.parametrize(

@@ -61,15 +61,29 @@ class Trunk(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Keeper:
+    """Keeps a constructor, and calls it long after it was itself built."""
+
+    make: Callable[..., Trunk]
+
+    def __call__(self, *, rngs):
+        return self.make(rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """Never built unless referenced."""
 
     decay: float = 0.0
 
 
-def dropped(rate: float = 0.5, *, name: str = "drop") -> tuple[float, str]:
-    """A function to configure."""
+def dropped(rate: float = 0.5, *, name: str = "drop", note: int = "none") -> tuple[float, str]:  # type: ignore
+    """A function to configure, one of whose defaults breaks its own annotation."""
     return rate, name
+
+
+def _own() -> None:
+    """Nobody else's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
