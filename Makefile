@@ -1,0 +1,58 @@
+# `make quickstart` shows that it works, `make test` that it is right. Both begin from a bare clone.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PACKAGES := partitioning checkpoints models data objectives training evaluation launch
+RUN ?= runs/quickstart
+
+# No accelerator is asked for where one is not: tests run on eight fake CPU devices.
+TEST_ENV := JAX_PLATFORMS=cpu
+
+.PHONY: install lint test test-all quickstart bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); sys.exit(0 if ok else "make install: $(PYTHON) is Python %d.%d, expected 3.11, 3.12 or 3.13: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $(STAMP)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(PACKAGES)
+	$(TEST_ENV) $(BIN)/python -m pytest tests/test_house.py
+
+test: lint
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m 'not long'
+
+# The long tests too, and the other end of the supported stack: the newest Python with the newest jax.
+test-all: lint
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+	@python3.13 -c '' 2>/dev/null || { echo 'make test-all: python3.13 does not start, expected one on PATH: it runs the suite with jax 0.12' >&2; exit 2; }
+	$(MAKE) VENV=.venv313 PYTHON=python3.13 install
+	.venv313/bin/python -c 'import jax; assert jax.__version__.startswith("0.12."), f"jax {jax.__version__}, expected 0.12"'
+	$(TEST_ENV) .venv313/bin/python -m pytest -n 2 -m 'not long'
+
+quickstart: $(STAMP)
+	$(BIN)/palmette prepare configs/quickstart.gin
+	$(BIN)/palmette train configs/quickstart.gin --out $(RUN)
+	$(BIN)/palmette evaluate $(RUN)
+	$(BIN)/palmette fill $(RUN) \
+	  'Return a new [MASK] of the list.' \
+	  'If the file does not [MASK], an error is raised.' \
+	  'The default value is [MASK].'
+	@echo 'run:         $(RUN)'
+	@echo 'TensorBoard: $(BIN)/tensorboard --logdir $(RUN)'
+	@echo 'checkpoint:  '"$$(ls -td $(RUN)/checkpoints/* 2>/dev/null | head -1)"
+
+bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv .venv313 .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,158 @@
+"""The verbs of the `palmette` command. Each imports what it needs when it runs, so that `--help` answers at once."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from partitioning.errors import UserError
+
+if TYPE_CHECKING:
+    from launch.config import Resolved
+
+app = typer.Typer(
+    name="palmette",
+    help="Trains text models: any architecture, any objective, any mesh, one gin file a run.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Arguments = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CONFIG.gin... [OVERRIDE]...",
+        help='Configuration files, then overrides such as "RandomTokens.rate = 0.4".',
+        show_default=False,
+    ),
+]
+AllowImport = Annotated[
+    list[str] | None,
+    typer.Option(help="A further module that the configuration may import and call. May be given again."),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
+
+
+@app.command()
+def prepare(
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TASK... | CONFIG.gin... [OVERRIDE]...", help="Tasks by name, or a run's configuration."
+        ),
+    ],
+    folder: Annotated[Path | None, typer.Option(help="Where prepared data is kept, for tasks by name.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a cache made otherwise.")] = False,
+    allow_import: AllowImport = None,
+) -> None:
+    """Tokenise text once into a cache: of a named task, or of what a configuration reads."""
+    if any(_is_file(argument) for argument in what):
+        if folder is not None:
+            raise UserError("--folder goes with tasks by name: a configuration says itself where its data is kept")
+        # What will be built may need the very data that is to be prepared, so nothing is built abstractly here.
+        typer.echo(_resolve(what, allow_import, exercise=False).value.data.prepare(overwrite=overwrite))
+        return
+    import data
+
+    for task in what:
+        root = None if folder is None else str(folder)
+        typer.echo(data.prepare(task, folder=root, overwrite=overwrite, report=typer.echo))
+
+
+@app.command()
+def train(
+    arguments: Arguments,
+    out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/CONFIG")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve, check and count; train nothing.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Run unjitted and stop at the first NaN.")] = False,
+    allow_import: AllowImport = None,
+) -> None:
+    """Train what a configuration describes; run again, it resumes."""
+    folder = out if out is not None else Path("runs") / Path(_split(arguments)[0][-1]).stem
+    _check_folder(folder)
+    resolved = _resolve(arguments, allow_import)
+    if dry_run:
+        resolved.value.describe()
+        return
+    resolved.value.train(out=folder, operative=resolved.operative, debug=debug)
+
+
+@app.command()
+def evaluate(run: RunFolder, allow_import: AllowImport = None) -> None:
+    """Evaluate a run's newest complete checkpoint as its configuration says."""
+    _saved(run, allow_import).value.evaluate(run)
+
+
+@app.command()
+def fill(
+    run: RunFolder,
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help='Such as "The [MASK] of a list."')],
+    count: Annotated[int, typer.Option(min=1, help="Guesses a mask.")] = 3,
+    allow_import: AllowImport = None,
+) -> None:
+    """Fill the [MASK]s of texts with a trained run."""
+    from launch.fill import check_text, show
+
+    for text in texts:
+        check_text(text)
+    trunk, tokenizer = _saved(run, allow_import).value.restore(run)
+    for text in texts:
+        typer.echo(show(trunk, tokenizer, text, count=count))
+
+
+@app.command()
+def config(arguments: Arguments, allow_import: AllowImport = None) -> None:
+    """Print the whole resolved configuration, and what may be overridden."""
+    resolved = _resolve(arguments, allow_import)
+    typer.echo(resolved.operative)
+    typer.echo("# What may be overridden: argument, what it takes, its own default.")
+    names = max((len(p.name) for p in resolved.available), default=0)
+    kinds = min(max((len(p.kind) for p in resolved.available), default=0), 60)
+    for parameter in resolved.available:
+        typer.echo(f"# {parameter.name:{names}}  {parameter.kind:{kinds}}  {parameter.default}")
+
+
+@app.command()
+def methods() -> None:
+    """List every method: its name, what it does, and its source."""
+    from launch.methods import methods as found
+
+    for method in found():
+        typer.echo(f"{method.name}: {method.sentence} [{method.source}]")
+
+
+def _is_file(argument: str) -> bool:
+    return argument.endswith(".gin") and "=" not in argument
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    paths = [a for a in arguments if _is_file(a)]
+    overrides = [a for a in arguments if not _is_file(a)]
+    for text in overrides:
+        if "=" not in text:
+            raise UserError(f"{text!r}: expected a file that ends in .gin, or an override `Class.argument = 1`")
+    if not paths:
+        raise UserError("no configuration given: expected a file that ends in .gin, such as configs/quickstart.gin")
+    return paths, overrides
+
+
+def _resolve(arguments: list[str], allow_import: list[str] | None, *, exercise: bool = True) -> "Resolved":
+    paths, overrides = _split(arguments)
+    from launch.config import load
+
+    build = (lambda run: run.abstract()) if exercise else None
+    return load(paths, overrides, allow_import=allow_import or (), exercise=build)
+
+
+def _saved(run: Path, allow_import: list[str] | None) -> "Resolved":
+    path = run / "config.gin"
+    if not path.is_file():
+        raise UserError(f"{run}: no config.gin in it, expected the folder of a run (`palmette train ... --out {run}`)")
+    return _resolve([str(path)], allow_import)
+
+
+def _check_folder(folder: Path) -> None:
+    for path in (folder, *folder.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise UserError(f"--out {folder}: {path} is a file, expected a folder")
+            return
