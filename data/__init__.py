@@ -9,7 +9,7 @@ from data.reader import Cached, Reader, Records
 from data.retrieval import Retrieval, python_search
 from data.sources import InMemory, JsonLines, LocalText, Portion
 from data.tasks import TASKS, Task, prepare, text_task
-from data.tokenizers import Bytes, SentencePiece, Specials, Tokenizer, load_tokenizer
+from data.tokenizers import Bytes, Saved, SentencePiece, Specials, Tokenizer, load_tokenizer
 
 __all__ = [
     "TASKS",
@@ -30,6 +30,7 @@ __all__ = [
     "Reader",
     "Records",
     "Retrieval",
+    "Saved",
     "SentencePiece",
     "Specials",
     "Task",

@@ -10,6 +10,7 @@ last and lists every file with its size. `data.cache_writing` writes it; here it
 
 import json
 import os
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,7 @@ def reason(error: BaseException) -> str:
 def siblings(folder: str) -> tuple[Path, Path, str]:
     """A local cache, where its predecessor waits while it is replaced, and how names of half-written ones begin."""
     final = Path(os.path.abspath(os.path.expanduser(folder)))
-    return final, final.with_name(f".{final.name}.replaced"), f".{final.name}.part-"
+    return final, final.with_name(f".{final.name}.replaced"), f".{final.name}.part-{platform.node()}-"
 
 
 def recover(folder: str) -> None:

@@ -1,5 +1,6 @@
 """Writing a cache: in a shuffled order, in bounded memory, and under its name only when it is whole."""
 
+import glob
 import hashlib
 import json
 import os
@@ -177,6 +178,16 @@ def _content(entries: Mapping[str, Any]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def clear_stale(folder: str) -> None:
+    """Remove what writers of this cache left that were killed on this machine."""
+    if is_remote(folder):
+        return
+    final, _, prefix = siblings(folder)
+    for stale in final.parent.glob(f"{glob.escape(prefix)}*"):
+        if not _alive(stale.name.removeprefix(prefix)):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
 @contextmanager
 def _whole(folder: str) -> Iterator[str]:
     """Give a folder to write into, and move it to its name when the block ends well; remove it when it does not."""
@@ -193,9 +204,7 @@ def _whole(folder: str) -> Iterator[str]:
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
             recover(folder)
-            for stale in final.parent.glob(f"{prefix}*"):
-                if not _alive(stale.name.removeprefix(prefix)):
-                    shutil.rmtree(stale, ignore_errors=True)
+            clear_stale(folder)
             part.mkdir()
             yield str(part)
             if final.exists():

@@ -10,7 +10,7 @@ import hashlib
 import re
 import sysconfig
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -77,7 +77,7 @@ def _sources() -> tuple[tuple[Path, str], ...]:
     return tuple(found)
 
 
-def _once(texts: Iterator[Text]) -> tuple[Text, ...]:
+def _once(texts: Iterable[Text]) -> tuple[Text, ...]:
     seen: set[bytes] = set()
     kept = []
     for text in sorted(texts, key=lambda t: t.module):
@@ -88,61 +88,79 @@ def _once(texts: Iterator[Text]) -> tuple[Text, ...]:
     return tuple(kept)
 
 
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class _Extracted:
+    """What one pass over all syntax trees gives; the trees themselves would fill gigabytes."""
+
+    docstrings: tuple[Text, ...]
+    functions: tuple[Function, ...]
+
+
+@cache
+def _extracted() -> _Extracted:
+    docstrings, found = [], []
+    for file, text in _sources():
+        try:
+            tree = ast.parse(text)
+        except SyntaxError:
+            continue
+        module, place = module_of(file), file.relative_to(stdlib()).as_posix()
+        lines = text.encode().splitlines(keepends=True)
+        for node in _documented(tree):
+            docstring = (ast.get_docstring(node) or "").strip()
+            if len(docstring) < MIN_CHARACTERS:
+                continue
+            docstrings.append(Text(module, docstring + "\n"))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1:
+                source = _without_docstring(node, lines)
+                found.append(Function(module, f"{place}:{node.lineno}", docstring, source))
+    return _Extracted(tuple(docstrings), tuple(found))
+
+
+def _documented(node: ast.AST) -> Iterator[Documented]:
+    """The module, its classes and functions at any depth; only statements are visited, not their expressions."""
+    if isinstance(node, Documented):
+        yield node
+    for part in ("body", "orelse", "handlers", "finalbody", "cases"):
+        children = getattr(node, part, ())
+        for child in children if isinstance(children, list) else ():
+            yield from _documented(child)
+
+
 @cache
 def docs() -> tuple[Text, ...]:
     """The topics of `pydoc` and the docstrings of modules, classes and functions."""
-    return _once(_topics_and_docstrings())
+    return _once([*_topics(), *_extracted().docstrings])
 
 
-def _topics_and_docstrings() -> Iterator[Text]:
+def _topics() -> Iterator[Text]:
     topics = stdlib() / "pydoc_data" / "topics.py"
     if topics.is_file():
         for line in ast.parse(topics.read_text(encoding="utf-8")).body:
             if isinstance(line, ast.Assign) and isinstance(line.value, ast.Dict):
                 for name, text in ast.literal_eval(line.value).items():
                     yield Text(f"topic {name}", text.strip() + "\n")
-    for file, tree, _ in _trees():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = (ast.get_docstring(node) or "").strip()
-                if len(text) >= MIN_CHARACTERS:
-                    yield Text(module_of(file), text + "\n")
-
-
-@cache
-def _trees() -> tuple[tuple[Path, ast.Module, str], ...]:
-    found = []
-    for file, text in _sources():
-        try:
-            found.append((file, ast.parse(text), text))
-        except SyntaxError:
-            continue
-    return tuple(found)
 
 
 @cache
 def code() -> tuple[Text, ...]:
     """The sources of the standard library, a file a document."""
-    return _once(Text(module_of(file), text) for file, text in _sources() if text.strip())
+    return _once([Text(module_of(file), text) for file, text in _sources() if text.strip()])
 
 
 @cache
 def functions() -> tuple[Function, ...]:
     """The documented functions with a body besides their docstring, each source once."""
-    found = []
+    kept = []
     seen = set()
-    for file, tree, text in sorted(_trees(), key=lambda t: (module_of(t[0]), t[0])):
-        lines = text.encode().splitlines(keepends=True)
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
-                continue
-            docstring = ast.get_docstring(node)
-            source = _without_docstring(node, lines) if docstring else ""
-            if docstring and len(first_sentence(docstring).split()) >= MIN_QUERY_WORDS and source not in seen:
-                seen.add(source)
-                place = f"{file.relative_to(stdlib()).as_posix()}:{node.lineno}"
-                found.append(Function(module_of(file), place, docstring, source))
-    return tuple(found)
+    for function in sorted(_extracted().functions, key=lambda f: (f.module, f.place)):
+        if len(first_sentence(function.docstring).split()) >= MIN_QUERY_WORDS and function.source not in seen:
+            seen.add(function.source)
+            kept.append(function)
+    return tuple(kept)
 
 
 def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[bytes]) -> str:

@@ -240,7 +240,7 @@ class Records(Reading):
     def open(self) -> SplitReader:
         """Tokenise and open."""
         spec: TokenizerSpec = self.tokenizer if self.tokenizer is not None else Bytes()
-        tokenizer = spec.train(text for record in self.examples for text in tasks.texts_of(record))
+        tokenizer = tasks.train_tokenizer(spec, self.examples)
         tokenized = Tokenized(tokenizer, "records")
         tokenized.add(self.examples)
         identity = {"task": "records", "split": "train", "content": fingerprint(self.examples)}

@@ -1,15 +1,16 @@
 """Tasks: which records make each split, and which tokenizer reads them; and preparing one into a cache."""
 
+import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data import cache, cache_writing, corpora
-from data.sources import SPLITS, JsonLines, LocalText, Portion, Source, fingerprint
-from data.tokenizers import Bytes, TokenizerSpec
+from data.sources import SPLITS, JsonLines, LocalText, Portion, Record, Source, fingerprint
+from data.tokenizers import Bytes, Tokenizer, TokenizerSpec
 from partitioning.errors import UserError
 
 CACHE_VARIABLE = "PALMETTE_CACHE"
@@ -167,11 +168,12 @@ def prepare(
     target = task.folder(folder)
     splits = task.splits()
     identity = {"task": task.name, "tokenizer": described(task.reads_with), "shuffle": cache_writing.SHUFFLE_SEED}
+    cache_writing.clear_stale(target)
     there = _reusable(target, identity, splits, overwrite)
     if there:
         report(f"{target}: already prepared")
         return target
-    trained = task.reads_with.train(text for record in task.train for text in texts_of(record))
+    trained = train_tokenizer(task.reads_with, task.train)
     splits = {name: source for name, source in splits.items() if name == "train" or _holds_any(source)}
     cache_writing.write(
         target,
@@ -184,6 +186,13 @@ def prepare(
     )
     report(f"{target}: prepared")
     return target
+
+
+def train_tokenizer(spec: TokenizerSpec, records: Iterable[Record]) -> Tokenizer:
+    """Train on the records, or on the tasks that the tokenizer itself names."""
+    named = getattr(spec, "corpora", ())
+    sources = [find(name).train for name in named] or [records]
+    return spec.train(text for source in sources for record in source for text in texts_of(record))
 
 
 def _reusable(target: str, identity: dict[str, Any], splits: dict[str, Source], overwrite: bool) -> bool:
@@ -234,5 +243,7 @@ def texts_of(record: dict[str, Any]) -> list[str]:
 
 def described(spec: TokenizerSpec) -> dict[str, Any]:
     """A tokenizer's configuration as JSON, which a cache records and must agree with."""
-    fields = asdict(spec) if is_dataclass(spec) and not isinstance(spec, type) else {"repr": repr(spec)}
-    return {"tag": spec.tag, **fields}
+    given = asdict(spec) if is_dataclass(spec) and not isinstance(spec, type) else {"repr": repr(spec)}
+    # A saved tokenizer is known by what it is, which its tag says, and may lie anywhere.
+    given.pop("folder", None)
+    return json.loads(json.dumps({"tag": spec.tag, **given}))

@@ -178,6 +178,8 @@ class SentencePiece:
     Arguments:
         vocabulary: ids, the six specials, the unknown and the 256 bytes included.
         kind: `unigram` or `bpe`.
+        corpora: names of the tasks on whose train splits it is trained, so that several tasks can share one vocabulary
+            (a mixture needs that); by default the task that is prepared.
 
     Errors: UserError when the vocabulary is below 300, or larger than the training text can fill.
 
@@ -187,16 +189,18 @@ class SentencePiece:
 
     vocabulary: int = 4096
     kind: str = "unigram"
+    corpora: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in ("unigram", "bpe"):
             raise UserError(f"SentencePiece.kind = {self.kind!r}: 'unigram' or 'bpe' is wanted")
         if self.vocabulary < 300:
             raise UserError(f"SentencePiece.vocabulary = {self.vocabulary}: at least 300 (263 are bytes and specials)")
+        object.__setattr__(self, "corpora", tuple(self.corpora))
 
     @property
     def tag(self) -> str:
-        return f"{self.kind}-{self.vocabulary}"
+        return "-".join([self.kind, str(self.vocabulary), *self.corpora])
 
     def train(self, texts: Iterable[str]) -> Tokenizer:
         """Train on the lines of the texts, up to `TRAINING_BYTES`."""
@@ -243,6 +247,28 @@ def _lines(texts: Iterable[str]) -> Iterable[str]:
                 yield line
         if seen > TRAINING_BYTES:
             return
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tokenizer trained before: a folder that `Tokenizer.save` wrote, or a prepared cache.
+
+    Arguments:
+        folder: a local folder with `tokenizer.json`.
+
+    Errors: UserError naming the folder when no whole tokenizer is in it.
+    """
+
+    folder: str
+
+    @property
+    def tag(self) -> str:
+        """See `TokenizerSpec`."""
+        return f"saved-{load_tokenizer(self.folder).identity[:12]}"
+
+    def train(self, texts: Iterable[str]) -> Tokenizer:
+        """The tokenizer in the folder; the texts are not read."""
+        return load_tokenizer(self.folder)
 
 
 class Pieces(_ByPiece):

@@ -67,7 +67,9 @@ def test_row_count_ignores_seed_and_order():
 def test_a_seed_changes_which_equal_pieces_meet():
     lengths = np.full(64, 5)
     tokens = np.arange(lengths.sum())
-    one, other = (packing.fill(tokens, p, 0, p.rows, 16, 0)[0] for p in (packing.pack(lengths, 16, [s]) for s in (1, 2)))
+    one, other = (
+        packing.fill(tokens, p, 0, p.rows, 16, 0)[0] for p in (packing.pack(lengths, 16, [s]) for s in (1, 2))
+    )
     assert (one != other).any()
 
 

@@ -33,7 +33,10 @@ BAD = {
     "broken.jsonl": (b'{"text": "a"}\n{"text": \n', r"broken.jsonl, line 2: not JSON: .* at column"),
     "bytes.jsonl": (b'{"text": "a"}\n{"text": "\xff"}\n', r"bytes.jsonl, line 2: not UTF-8 at byte 24"),
     "list.jsonl": (b"[1]\n", r"list.jsonl, line 1: a JSON object is wanted"),
-    "missing.jsonl": (b'{"text": "a"}\n\n{"txt": "b"}\n', r"missing.jsonl, line 3: no field 'text'; the record has txt"),
+    "missing.jsonl": (
+        b'{"text": "a"}\n\n{"txt": "b"}\n',
+        r"missing.jsonl, line 3: no field 'text'; the record has txt",
+    ),
     "type.jsonl": (b'{"text": null}\n', r"type.jsonl, line 1: field 'text' holds NoneType"),
     "surrogate.jsonl": (b'{"text": "\\ud800"}\n', r"surrogate.jsonl, line 1: field 'text' holds half a surrogate"),
 }
@@ -58,9 +61,9 @@ def test_a_missing_path_and_an_empty_folder(source, tmp_path):
 
 
 def test_portions_cover_without_overlap():
-    records = tuple({"text": f"document {i}"} for i in range(400)) + ({"text": "document 7"},)
+    records = tuple({"text": f"document {i}"} for i in [*range(400), 7])
     parts = {split: [r["text"] for r in Portion(InMemory(records), split, 0.1)] for split in SPLITS}
-    assert sorted(sum(parts.values(), [])) == sorted(r["text"] for r in records)
+    assert sorted(text for texts in parts.values() for text in texts) == sorted(r["text"] for r in records)
     assert all(len(texts) > 10 for texts in parts.values())
     for one in SPLITS:
         for other in SPLITS:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from data.tokenizers import Bytes, Pieces, SentencePiece, Tokenizer, from_files, load_tokenizer
 from partitioning.errors import UserError
 
-WORDS = "def return self value the of a list dictionary is returned when key error name import from class".split()
+TEXT = "def return self value the of a list dictionary is returned when key error name import from class"
+WORDS = TEXT.split(" ")
 LINES = [f"    {WORDS[i % 17]} {WORDS[i % 13]}({WORDS[i % 7]}) = {i}  # {WORDS[i % 5]} é\n" for i in range(400)]
 
 TRAINED: dict[str, Tokenizer] = {
