@@ -42,6 +42,7 @@ class Function:
     source: str
 
 
+@cache
 def stdlib() -> Path:
     """The folder of the running Python's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])

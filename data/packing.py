@@ -168,8 +168,8 @@ def fill(
     positions = flat - np.repeat(offset.astype(np.int32), sizes)
     index = positions + np.repeat(source, sizes)
     padding = segments == 0
-    np.minimum(index, max(len(tokens) - 1, 0), out=index)
-    out = tokens[index].astype(np.int32) if len(tokens) else np.zeros(len(index), np.int32)
+    # Indices of padding may lie past the end: they are clipped, and what they fetch is overwritten.
+    out = tokens.take(index, mode="clip").astype(np.int32) if len(tokens) else np.zeros(len(index), np.int32)
     out[padding] = pad
     positions[padding] = 0
     shape = (rows, row_length)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt8
 
 from partitioning.errors import UserError
 
@@ -96,22 +96,23 @@ class _ByPiece:
         return np.array([len(piece) for piece in self.pieces], np.int32)
 
     @cached_property
-    def _borders(self) -> tuple[Bool[np.ndarray, " V"], Bool[np.ndarray, " V"], Bool[np.ndarray, " V"]]:
-        blank = np.array([not piece.strip() for piece in self.pieces])
-        before = np.array([piece[:1].isspace() for piece in self.pieces])
-        after = np.array([not piece or piece[-1:].isspace() for piece in self.pieces])
-        return blank, before, after
+    def _borders(self) -> UInt8[np.ndarray, " V"]:
+        """Three bits an id: text begins with a space, ends with one (or is none), has something besides."""
+        before = [piece[:1].isspace() for piece in self.pieces]
+        after = [not piece or piece[-1:].isspace() for piece in self.pieces]
+        solid = [bool(piece.strip()) for piece in self.pieces]
+        return np.array([b + 2 * a + 4 * s for b, a, s in zip(before, after, solid, strict=True)], np.uint8)
 
     def word_starts(
         self, ids: Int[np.ndarray, "*B S"], first: Bool[np.ndarray, "*B S"] | None = None
     ) -> Bool[np.ndarray, "*B S"]:
-        blank, before, after = self._borders
-        starts = before[ids]
-        starts[..., 1:] |= after[ids[..., :-1]]
-        starts[..., :1] = True
+        borders = self._borders.take(ids)
+        starts = borders & 1
+        starts[..., 1:] |= borders[..., :-1] >> 1
+        starts[..., :1] = 1
         if first is not None:
             starts |= first
-        return starts & ~blank[ids]
+        return (starts & borders >> 2 & 1).view(np.bool_)
 
     def decode(self, ids: Int[np.ndarray, " S"]) -> str:
         pieces = self.pieces
