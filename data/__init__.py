@@ -3,6 +3,7 @@
 from data.cache import Cache
 from data.control import ControlEntry
 from data.corpora import PythonCode, PythonDocs, PythonSearch
+from data.example_rows import text_batch
 from data.mixing import Mixture, MixtureReader
 from data.prefetch import Prefetch
 from data.reader import Cached, Reader, Records
@@ -38,5 +39,6 @@ __all__ = [
     "load_tokenizer",
     "prepare",
     "python_search",
+    "text_batch",
     "text_task",
 ]

@@ -133,7 +133,7 @@ def write(
 
     Errors: UserError naming the folder when it cannot be written (a full disk, a file in the way); nothing is left.
     """
-    with _whole(folder) as part, tempfile.TemporaryDirectory(prefix="palmette-") as scratch:
+    with _whole(folder) as part, _scratch(part) as scratch:
         entries: dict[str, Any] = {}
         for name, source in splits.items():
             with ExitStack() as files:
@@ -158,6 +158,11 @@ def write(
     return manifest
 
 
+def _scratch(part: str) -> "tempfile.TemporaryDirectory[str]":
+    """A folder on the disk that the cache goes to, which is sized for it as the system's temporary one may not be."""
+    return tempfile.TemporaryDirectory(prefix="scratch-", dir=None if is_remote(part) else part)
+
+
 def _scratch_files(folder: Path, opened: ExitStack) -> Callable[[str], BinaryIO]:
     """Values go to disk in the order of the source first: shuffling then needs no more memory than the counts."""
     folder.mkdir()
@@ -174,7 +179,8 @@ def _mapped(tokenized: Tokenized) -> Callable[[str], np.ndarray]:
 
 
 def _content(entries: Mapping[str, Any]) -> str:
-    lines = [f"{s} {n} {c['content']}" for s, e in sorted(entries.items()) for n, c in sorted(e["columns"].items())]
+    lines = [f"{split} {entry['examples']} {entry['window']}" for split, entry in sorted(entries.items())]
+    lines += [f"{s} {n} {c['content']}" for s, e in sorted(entries.items()) for n, c in sorted(e["columns"].items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Rows of structured examples: pairs, lists and preferences, one example a row.
+"""Rows that hold one example each: unpacked text, pairs, lists and preferences. What is too long is cut.
 
 What a field becomes follows from its kind and its name:
 
@@ -8,7 +8,7 @@ What a field becomes follows from its kind and its name:
     numbers  `relevance`       ->  `relevance` [B, N] float32, 0 where there is nothing
     `chosen`, `rejected` beside `prompt`  ->  prompt + answer in one sequence, and `chosen/loss_mask` over the answer
     `response` beside `prompt`            ->  the same without a prefix, and `prompt_mask`
-    `text` beside other fields            ->  `tokens`, `segments`, `positions` without a prefix
+    `text`                                ->  `tokens`, `segments`, `positions`, `word_starts` without a prefix
 """
 
 from collections.abc import Sequence
@@ -66,12 +66,39 @@ def lay(
     return tokens, segments, np.where(owner > 0, columns, 0).astype(np.int32), owner
 
 
+def text_batch(
+    texts: Sequence[str], tokenizer: Tokenizer, *, length: int, begin: str | None = "bos", end: str | None = "eos"
+) -> Batch:
+    """Texts as a batch that no reader gave: what an evaluation encodes, or a user types.
+
+    Arguments:
+        texts: one a row, each truncated to `length`.
+        tokenizer: the reader's.
+        length: tokens in a row.
+        begin, end: the special before and after each text, as the training data had them, or None.
+    Returns: `tokens`, `segments`, `positions` [B, S] and `row` [B].
+    """
+    before, after = ([getattr(tokenizer.specials, name)] if name else [] for name in (begin, end))
+    encoded = tokenizer.encode_many(texts)
+    counts = np.array([len(ids) for ids in encoded], np.int64)
+    rows = len(texts)
+    body = Part(
+        np.concatenate([*encoded, np.zeros(0, np.int32)]),
+        np.cumsum(counts) - counts,
+        np.minimum(counts, length - len(before) - len(after)),
+    )
+    nowhere = np.zeros(rows, np.int64)
+    first, last = (Part(np.asarray(ids, np.int32), nowhere, nowhere + len(ids)) for ids in (before, after))
+    tokens, segments, positions, _ = lay([first, body, last], length, tokenizer.specials.pad)
+    return {"tokens": tokens, "segments": segments, "positions": positions, "row": np.arange(rows, dtype=np.int32)}
+
+
 class ExampleRows:
     """Rows of the columns of a split, one example a row.
 
     Arguments:
         split: the examples.
-        tokenizer: for padding.
+        tokenizer: for word starts and padding.
         window: examples in a window.
         begin, end: ids put before and after every text.
         most: the number N of a list's items that a row holds, further ones left out; None: as many as the longest has.
@@ -89,7 +116,7 @@ class ExampleRows:
         most: int | None = None,
         shuffle: bool = True,
     ):
-        self._split, self._pad, self._shuffle = split, tokenizer.specials.pad, shuffle
+        self._split, self._tokenizer, self._pad, self._shuffle = split, tokenizer, tokenizer.specials.pad, shuffle
         self._begin, self._end = np.asarray(begin, np.int32), np.asarray(end, np.int32)
         self._windows = Window(split.examples, window)
         self._epochs: Recent[Epochs] = Recent(4)
@@ -119,6 +146,8 @@ class ExampleRows:
                 out |= {prefix + part: (shape, INT) for part in ("tokens", "segments", "positions")}
                 if kind == "texts":
                     out[_valid(name)] = ((self._items,), BOOL)
+                if name == "text":
+                    out["word_starts"] = (shape, BOOL)
                 if name in ANSWERS:
                     out[prefix + "loss_mask"] = (shape, BOOL)
                 if name == "response":
@@ -186,6 +215,8 @@ class ExampleRows:
                 body = Part(column.values, column.first[examples], np.minimum(column.count[examples], room))
                 tokens, segments, positions, _ = lay(self._framed([body]), length, self._pad)
                 out |= {prefix + "tokens": tokens, prefix + "segments": segments, prefix + "positions": positions}
+                if name == "text":
+                    out["word_starts"] = self._tokenizer.word_starts(tokens)
         return out
 
     def _framed(self, parts: Sequence[Part], there: Bool[np.ndarray, " rows"] | None = None) -> list[Part]:

@@ -6,7 +6,8 @@ from m // 1024 and one prefix table: random access costs the same at row 10 and 
 weights at a declared row; a new span begins there, and what each source has given so far is carried on.
 """
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from jaxtyping import Int
 
 from data.control import ControlEntry
 from data.epochs import Recent
-from data.reader import SplitReader, global_rows
+from data.reader import Cached, SplitReader, global_rows
 from data.shuffle import derive, permutation
 from data.text_rows import INT, Batch, Shapes
 from partitioning.errors import UserError
@@ -90,6 +91,7 @@ class MixtureReader:
             if reader.spec(batch_size=1, length=8) != first.spec(batch_size=1, length=8):
                 raise UserError(f"mixture: {name!r} gives other arrays than {self.names[0]!r}; the fields must agree")
         self._spans: Recent[list[Span]] = Recent(8)
+        self._lock = threading.Lock()
 
     def identity(self) -> dict[str, Any]:
         """See `Reader`."""
@@ -134,7 +136,8 @@ class MixtureReader:
                 )
             changes.append((row, tuple((n, float(w)) for n, w in entry.values[CONTROL_KEY].items())))
         fixed = tuple(changes)
-        return self._spans.get((seed, fixed), lambda: self._plan(seed, fixed))
+        with self._lock:
+            return self._spans.get((seed, fixed), lambda: self._plan(seed, fixed))
 
     def batch(
         self,
@@ -193,6 +196,11 @@ class Mixture:
         if not self.sources:
             raise UserError("mixture: no sources; at least one is wanted")
         slots_of(self.weights, list(self.sources))
+
+    def prepare(self, *, overwrite: bool = False, report: Callable[[str], None] = lambda line: None) -> list[str]:
+        """Prepare every source that has a cache, and return their folders."""
+        cached = [source for source in self.sources.values() if isinstance(source, Cached)]
+        return [source.prepare(overwrite=overwrite, report=report) for source in cached]
 
     def open(self) -> MixtureReader:
         """Open every source."""

@@ -132,13 +132,6 @@ def joined(parts: Sequence[tuple[Packed, int]]) -> Packed:
     )
 
 
-def one_a_row(lengths: Int[np.ndarray, " documents"], row_length: int) -> Packed:
-    """Each document alone in its row, truncated."""
-    lengths = lengths.astype(np.int64)
-    starts = np.cumsum(lengths) - lengths
-    return Packed(starts, np.minimum(lengths, row_length), np.arange(len(lengths) + 1))
-
-
 def fill(
     tokens: Int[np.ndarray, " tokens"], packed: Packed, start: int, stop: int, row_length: int, pad: int
 ) -> tuple[Int[np.ndarray, "rows S"], Int[np.ndarray, "rows S"], Int[np.ndarray, "rows S"]]:

@@ -1,7 +1,7 @@
 """Readers: a batch as a pure function of seed, step and control log."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -115,8 +115,8 @@ class Reading:
     def rows_over(self, split: Split, tokenizer: Tokenizer, window: int) -> Rows:
         """The rows of a split under these options."""
         begin, end = ([getattr(tokenizer.specials, n)] if n else [] for n in (self.begin, self.end))
-        if set(split.kinds) == {"text"} and split.kinds["text"] == "text":
-            return TextRows(split, tokenizer, window=window, pack=self.pack, begin=begin, end=end, shuffle=self.shuffle)
+        if self.pack and dict(split.kinds) == {"text": "text"}:
+            return TextRows(split, tokenizer, window=window, begin=begin, end=end, shuffle=self.shuffle)
         return ExampleRows(split, tokenizer, window=window, begin=begin, end=end, most=self.items, shuffle=self.shuffle)
 
 
@@ -200,9 +200,9 @@ class Cached(Reading):
     folder: str | None = None
     tokenizer: TokenizerSpec | None = None
 
-    def prepare(self, *, overwrite: bool = False) -> str:
-        """Prepare the task where it is not, and return its folder."""
-        return tasks.prepare(self.task, self.folder, tokenizer=self.tokenizer, overwrite=overwrite)
+    def prepare(self, *, overwrite: bool = False, report: Callable[[str], None] = lambda line: None) -> str:
+        """Prepare the task where it is not, and return its folder; see `tasks.prepare`."""
+        return tasks.prepare(self.task, self.folder, tokenizer=self.tokenizer, overwrite=overwrite, report=report)
 
     def open(self) -> SplitReader:
         """Open the cache for reading."""

@@ -1,4 +1,4 @@
-"""Rows of plain text: documents packed into rows, or one a row."""
+"""Rows of plain text, several documents packed into each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,7 +56,6 @@ class TextRows:
         split: the examples.
         tokenizer: for word starts and padding.
         window: examples in a window.
-        pack: whether documents share rows; otherwise each is truncated to a row of its own.
         begin, end: ids put before and after every document.
         shuffle: False keeps the order of the cache.
     """
@@ -67,12 +66,11 @@ class TextRows:
         tokenizer: Tokenizer,
         *,
         window: int,
-        pack: bool,
         begin: Sequence[int],
         end: Sequence[int],
         shuffle: bool = True,
     ):
-        self._split, self._tokenizer, self._pack, self._shuffle = split, tokenizer, pack, shuffle
+        self._split, self._tokenizer, self._shuffle = split, tokenizer, shuffle
         self._begin, self._end = tuple(begin), tuple(end)
         self._windows = Window(split.examples, window)
         self._bounds = split.bounds("text")
@@ -96,11 +94,7 @@ class TextRows:
 
     def _rows_in_windows(self, length: int) -> Int[np.ndarray, " windows"]:
         if length not in self._rows_of:
-            windows = range(self._windows.count)
-            if self._pack:
-                counts = [packing.count_rows(self._lengths(w), length) for w in windows]
-            else:
-                counts = [len(self._lengths(w)) for w in windows]
+            counts = [packing.count_rows(self._lengths(w), length) for w in range(self._windows.count)]
             self._rows_of[length] = np.asarray(counts, np.int64)
         return self._rows_of[length]
 
@@ -141,11 +135,7 @@ class TextRows:
             lengths = self._lengths(window)
             values = self._split.values("text", int(self._bounds[first]), int(self._bounds[last]))
             buffers.append(framed(values, lengths, self._begin, self._end))
-            if self._pack:
-                plan = packing.pack(lengths, length, [*epochs.words(block, 3), window])
-            else:
-                plan = packing.one_a_row(lengths, length)
-            plans.append((plan, base))
+            plans.append((packing.pack(lengths, length, [*epochs.words(block, 3), window]), base))
             base += len(buffers[-1])
         return np.concatenate(buffers), packing.joined(plans).reordered(epochs.within(block))
 

@@ -84,11 +84,3 @@ def test_part_of_the_rows_is_part_of_the_whole():
     order = np.random.default_rng(2).permutation(packed.rows)
     for a, b in zip(packing.fill(tokens, packed.reordered(order), 0, packed.rows, 32, 0), whole, strict=True):
         np.testing.assert_array_equal(a, b[order])
-
-
-def test_one_a_row_truncates():
-    lengths = np.array([3, 0, 9])
-    packed = packing.one_a_row(lengths, 4)
-    got, segments, _ = packing.fill(np.arange(1, 13), packed, 0, 3, 4, 0)
-    np.testing.assert_array_equal(got, [[1, 2, 3, 0], [0, 0, 0, 0], [4, 5, 6, 7]])
-    np.testing.assert_array_equal(segments, [[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])

@@ -111,7 +111,7 @@ def test_unpacked_documents_have_a_row_each():
     reader = texts(pack=False, shuffle=False, begin=None, end="sep")
     batch = reader.batch(0, batch_size=300, length=32, seed=0)
     for record, tokens, segments in zip(TEXTS, batch["tokens"], batch["segments"], strict=True):
-        ids = [*BYTES.encode(record["text"]).tolist(), BYTES.specials.sep][:32]
+        ids = [*BYTES.encode(record["text"]).tolist()[:31], BYTES.specials.sep]
         assert tokens[: len(ids)].tolist() == ids
         assert segments.tolist() == [1] * len(ids) + [0] * (32 - len(ids))
 
@@ -249,6 +249,15 @@ def test_numbers_follow_their_text():
     batch = data.Records(examples=examples, window=8).open().batch(0, batch_size=30, length=16, seed=9)
     assert [decoded(t) for t in batch["tokens"]] == [f"t{int(2 * s)}" for s in batch["score"]]
     assert sorted(batch["score"].tolist()) == [i / 2 for i in range(30)]
+
+
+def test_typed_texts_are_read_as_records_are():
+    strings = [r["text"] for r in TEXTS[:20]] + [""]
+    reader = data.Records(examples=[{"text": t} for t in strings], pack=False, shuffle=False, begin="cls").open()
+    batch = reader.batch(0, batch_size=21, length=40, seed=0)
+    typed = data.text_batch(strings, reader.tokenizer, length=40, begin="cls")
+    same(typed, {name: batch[name] for name in typed})
+    assert data.text_batch([], BYTES, length=8)["tokens"].shape == (0, 8)
 
 
 @pytest.mark.parametrize("make", [pairs, lists, preferences])
