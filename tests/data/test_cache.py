@@ -240,6 +240,18 @@ def test_a_disk_that_is_full_leaves_nothing(limit, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_cache_that_can_be_seen_is_whole(tmp_path):
+    """The writer is killed the moment its folder has its name."""
+    folder = Path(data.Task(name="big", train=InMemory(TEXTS)).folder(str(tmp_path)))
+    running = subprocess.Popen([sys.executable, "-c", PREPARE, str(tmp_path), "0"], cwd=ROOT, stdout=subprocess.PIPE)
+    while not folder.exists():
+        assert running.poll() is None
+        time.sleep(0.0005)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert cache.Cache(str(folder)).split("train").examples == 40_000
+
+
 @pytest.mark.parametrize("replacing", [False, True])
 def test_killed_at_any_moment_the_cache_is_whole_or_as_before(replacing, tmp_path):
     root = tmp_path / "root"

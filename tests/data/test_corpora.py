@@ -20,8 +20,18 @@ def test_splits_hold_whole_modules(name):
     assert all(modules.values())
     for one, other in itertools.combinations(SPLITS, 2):
         assert not modules[one] & modules[other]
-    # `email` is one module, however many files it has.
-    assert not [m for found in modules.values() for m in found if "/" in m or m.endswith(".py")]
+
+
+def test_every_file_of_a_package_is_in_the_package_split():
+    root = corpora.stdlib()
+    assert corpora.module_of(root / "email" / "mime" / "text.py") == "email"
+    assert corpora.module_of(root / "_strptime.py") == "strptime"
+    homes: dict[str, set[str]] = {}
+    for function in corpora.functions():
+        top = function.place.split(":")[0].split("/")[0].removesuffix(".py")
+        homes.setdefault(top, set()).add(corpora.split_of_module(function.module))
+    assert len(homes["email"]) == len(homes["asyncio"]) == 1
+    assert all(len(splits) == 1 for splits in homes.values())
 
 
 @pytest.mark.parametrize("source", [corpora.PythonDocs, corpora.PythonCode])

@@ -93,6 +93,13 @@ def test_each_source_gives_every_row_once_an_epoch():
         assert len(set(texts[:40])) == min(40, len(texts))
 
 
+def test_sources_of_the_same_text_do_not_move_in_step():
+    twins = data.Mixture(sources={n: source("twin") for n in NAMES[:2]}, weights={"docs": 1, "code": 1}).open()
+    batch = twins.batch(0, batch_size=64, length=16, seed=0)
+    one, other = (batch["tokens"][batch["source"] == index][:20] for index in (0, 1))
+    assert (one != other).any()
+
+
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_and_resumes_agree(hosts):
     whole = mixture().batch(51, batch_size=8, length=16, seed=1, control=CONTROL)
