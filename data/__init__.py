@@ -1,0 +1,44 @@
+"""What a run reads: sources, tasks, tokenizers, the cache, and batches by random access."""
+
+from data.cache import Cache
+from data.control import ControlEntry
+from data.corpora import PythonCode, PythonDocs, PythonSearch
+from data.example_rows import text_batch
+from data.mixing import Mixture, MixtureReader
+from data.prefetch import Prefetch
+from data.reader import Cached, Reader, Records
+from data.retrieval import Retrieval, python_search
+from data.sources import InMemory, JsonLines, LocalText, Portion
+from data.tasks import TASKS, Task, prepare, text_task
+from data.tokenizers import Bytes, Saved, SentencePiece, Specials, Tokenizer, load_tokenizer
+
+__all__ = [
+    "TASKS",
+    "Bytes",
+    "Cache",
+    "Cached",
+    "ControlEntry",
+    "InMemory",
+    "JsonLines",
+    "LocalText",
+    "Mixture",
+    "MixtureReader",
+    "Portion",
+    "Prefetch",
+    "PythonCode",
+    "PythonDocs",
+    "PythonSearch",
+    "Reader",
+    "Records",
+    "Retrieval",
+    "Saved",
+    "SentencePiece",
+    "Specials",
+    "Task",
+    "Tokenizer",
+    "load_tokenizer",
+    "prepare",
+    "python_search",
+    "text_batch",
+    "text_task",
+]
