@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -28,6 +28,7 @@ class Context:
       bias: added to attention scores, or None.
       cache: this layer's cache entry, or None; `cache_length` tokens are already in it.
       keys: one dropout key for each row, or None.
+      causal: whether no query ever sees a later key.
     """
 
     visible: Bool[Array, "B Q K"]
@@ -38,6 +39,7 @@ class Context:
     cache: Any = None
     cache_length: Int[Array, ""] | None = None
     keys: jax.Array | None = None
+    causal: bool = field(default=False, metadata={"static": True})
 
 
 class Block(nnx.Module):

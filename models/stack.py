@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -81,7 +82,7 @@ class Stack(nnx.Module):
         self,
         x: Float[Array, "B S D"],
         context: Context,
-        visible: Callable[[Mask | None], Bool[Array, "B Q K"]],
+        visible: Callable[[Mask | None], tuple[Bool[Array, "B Q K"], bool]],
         cache: Mapping[str, Any] | None,
         *,
         tap: bool = False,
@@ -91,7 +92,7 @@ class Stack(nnx.Module):
         Args:
           x: hidden states.
           context: shared by all blocks; mask, cache and dropout keys are set for each.
-          visible: lowers a block's own mask together with the call's.
+          visible: lowers a block's own mask together with the call's, and says whether both are causal.
           cache: entries by block, as `empty_cache` makes them, or None.
           tap: whether every layer's output is returned too.
 
@@ -107,7 +108,8 @@ class Stack(nnx.Module):
             keys = (
                 context.keys if context.keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(context.keys)
             )
-            return block(x, Context(**_with(context, visible=lowered[block.mask], cache=entry, keys=keys)))
+            seen, causal = lowered[block.mask]
+            return block(x, replace(context, visible=seen, causal=causal, cache=entry, keys=keys))
 
         def single(i, x):
             name = f"layers/{i}"
@@ -162,10 +164,6 @@ class Stack(nnx.Module):
         return entries
 
 
-def _with(context: Context, **changes: Any) -> dict[str, Any]:
-    return {**vars(context), **changes}
-
-
 def _stacked(make: Callable[[jax.Array], Block], keys: jax.Array) -> Block:
     """One block whose arrays have a leading dimension, entry r initialised from `keys[r]`."""
     values = jax.vmap(lambda key: nnx.to_pure_dict(nnx.split(make(key))[1]))(keys)
@@ -200,12 +198,17 @@ def layer_names(shapes: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     return {name: names(name) for name in shapes}
 
 
-def unstack(flat: Mapping[str, Any], names: Mapping[str, tuple[str, ...]] | None = None) -> dict[str, Any]:
+def unstack(
+    flat: Mapping[str, Any],
+    names: Mapping[str, tuple[str, ...]] | None = None,
+    take: Callable[[Any, int], Any] = lambda x, r: x[r],
+) -> dict[str, Any]:
     """Names every layer by its index.
 
     Args:
       flat: arrays, or trees of arrays with the layer first, by leaf name.
       names: from `layer_names`; of `flat` itself by default.
+      take: entry r of a leaf along its first dimension.
     """
     names = layer_names(flat) if names is None else names
     out: dict[str, Any] = {}
@@ -214,7 +217,7 @@ def unstack(flat: Mapping[str, Any], names: Mapping[str, tuple[str, ...]] | None
             out[name] = value
         else:
             for r, layer in enumerate(names[name]):
-                out[layer] = jax.tree.map(lambda x, r=r: x[r], value)
+                out[layer] = jax.tree.map(lambda x, r=r: take(x, r), value)
     return out
 
 

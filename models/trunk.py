@@ -190,7 +190,11 @@ class Trunk(nnx.Module):
             )
             entries = cache["entries"]
         asked = Bidirectional() if mask is None else mask
-        visible = lambda own: lower(asked if own is None else Both(asked, own), query, key)  # noqa: E731
+
+        def visible(own: Mask | None) -> tuple[Any, bool]:
+            whole = asked if own is None else Both(asked, own)
+            return lower(whole, query, key), whole.causal
+
         context = Context(
             visible=jnp.ones((1, 1, 1), bool), segments=segments, positions=positions, memory=memory, bias=bias,
             cache_length=start, keys=keys,

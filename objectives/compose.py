@@ -81,7 +81,7 @@ class Weighted(Objective):
         for name, part in self.parts.items():
             own = lambda values, name=name: {
                 k.removeprefix(f"{name}/"): v for k, v in values.items() if k.startswith(f"{name}/")
-            }  # noqa: E731
+            }
             side = {k: v for k, v in stats.items() if k.startswith("side/")}
             part.after_step(models, own(rows), own(stats) | side, step=step)
 

@@ -8,11 +8,10 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models import Attention, Block, Experts, FeedForward, LearnedPositions, RMSNorm, Trunk, Vocabulary
+from models import Attention, Block, Experts, FeedForward, RMSNorm, Trunk, Vocabulary
 from objectives import (
     DPO,
     GRPO,
@@ -99,7 +98,12 @@ def list_batch(seed: int = 0, rows: int = ROWS) -> dict[str, np.ndarray]:
     valid = (rng.random((rows, 3)) < 0.7).astype(np.int32)
     valid[2] = 0
     relevance = rng.random((rows, 3)).astype(np.float32)
-    return {**nested(candidates=text(rng, rows, 3)), "relevance": relevance, "valid": valid, "row": np.arange(rows, dtype=np.int32)}
+    return {
+        **nested(candidates=text(rng, rows, 3)),
+        "relevance": relevance,
+        "valid": valid,
+        "row": np.arange(rows, dtype=np.int32),
+    }
 
 
 def preference_batch(seed: int = 0, rows: int = ROWS) -> dict[str, np.ndarray]:
@@ -138,7 +142,9 @@ class Case:
 
 
 CASES: dict[str, Case] = {
-    "mlm": Case(MaskedLM(select=RandomTokens(rate=lambda step: 0.3 - 0.01 * step, most=0.3)), model=partial(TRUNK, dropout=0.1)),
+    "mlm": Case(
+        MaskedLM(select=RandomTokens(rate=lambda step: 0.3 - 0.01 * step, most=0.3)), model=partial(TRUNK, dropout=0.1)
+    ),
     "clm": Case(CausalLM()),
     "electra": Case(Electra(generator=partial(TRUNK, width=8, layers=1), select=RandomTokens(rate=0.3))),
     "gpt_bert": Case(GPTBert(ratio=0.75, select=RandomTokens(rate=0.3))),
@@ -152,7 +158,9 @@ CASES: dict[str, Case] = {
     "experts": Case(CausalLM(), model=EXPERTS),
     "grpo": Case(GRPO(reward=even_tokens, samples=2, length=5), prompt_batch),
     "weighted": Case(Weighted(parts={"clm": CausalLM(), "mlm": MaskedLM()}, weights={"mlm": lambda step: 0.5 + step})),
-    "phases": Case(Phases(parts={"clm": CausalLM(), "diffusion": MaskedDiffusion(least=0.05)}, lengths=(1, 1), cycle=True)),
+    "phases": Case(
+        Phases(parts={"clm": CausalLM(), "diffusion": MaskedDiffusion(least=0.05)}, lengths=(1, 1), cycle=True)
+    ),
 }
 
 
@@ -169,4 +177,4 @@ def build(case: Case) -> Callable[[jax.Array], dict[str, Any]]:
 
 def wide(tree: Any) -> Any:
     """Floats as float64, for identities."""
-    return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    return jax.tree.map(lambda x: x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x, tree)

@@ -19,7 +19,7 @@ from training.step import Step
 from training.trees import Trees
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PlannedStage:
     """A stage with its place in the run.
 
@@ -45,7 +45,7 @@ class PlannedStage:
         return self.first + self.stage.steps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """A run's plan; nothing has been allocated.
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from models.stack import restack, unstack
@@ -87,7 +88,17 @@ def by_index(tree: Any, names: Mapping[str, tuple[str, ...]]) -> Any:
       tree: the state, or a part.
       names: from `models.stack.layer_names` of all leaves.
     """
-    return _map_flat(lambda flat: unstack(flat, names), tree, names)
+    return _map_flat(lambda flat: unstack(flat, names, _entry), tree, names)
+
+
+def _entry(x: Any, r: int) -> Any:
+    """Entry r along the first dimension, of an array or of an abstract one with its sharding."""
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return x[r]
+    sharding = x.sharding
+    if sharding is not None:
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
 
 
 def by_group(tree: Any, like: Any, names: Mapping[str, tuple[str, ...]]) -> Any:

@@ -23,7 +23,7 @@ from training.trees import Trees
 Stats = dict[str, Array]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
     """What a stage's step is made of.
 

@@ -17,7 +17,7 @@ from partitioning import Placement, UserError
 Build = Callable[[jax.Array], dict[str, Companion]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trees:
     """The static side of all modules of a run.
 

@@ -41,9 +41,7 @@ def gradients(name: str, rules, devices: int, accumulate: int = 1):
             trees=trees, objective=objective, optimizer=Sgd(learning_rate=0.1), tx=None, seed=3, batch_size=ROWS,
             accumulate=accumulate,
         )  # fmt: skip
-        values = wide(jax.jit(trees.init)(jax.random.key(0)))
-        # A reference that equals the policy has no gradient to compare: move it.
-        values["frozen"] = {k: v + 0.05 * jnp.sin(jnp.arange(v.size).reshape(v.shape)) for k, v in values["frozen"].items()}
+        values = initial(name, trees)
         shardings = trees.shardings(placement)
         values = {k: {n: jax.device_put(v, shardings[n]) for n, v in part.items()} for k, part in values.items()}
         batch = {k: jax.device_put(v, placement.rows(v.shape, k)) for k, v in case.batch().items()}
@@ -59,6 +57,22 @@ def gradients(name: str, rules, devices: int, accumulate: int = 1):
             return grads, stats, trees.buffers(models)
 
         return jax.device_get(jax.jit(run)(values, batch))
+
+
+_INITIAL: dict = {}
+
+
+def initial(name, trees):
+    """Initial values of a case, made once."""
+    if name not in _INITIAL:
+        with data().place(jax.devices()[:1]).scope():
+            values = wide(jax.device_get(jax.jit(trees.init)(jax.random.key(0))))
+        # A reference that equals the policy has no gradient to compare: move it.
+        values["frozen"] = {
+            k: v + 0.05 * np.sin(np.arange(v.size).reshape(v.shape)) for k, v in values["frozen"].items()
+        }
+        _INITIAL[name] = values
+    return _INITIAL[name]
 
 
 class _State:

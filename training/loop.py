@@ -1,0 +1,241 @@
+"""The training loop, read from top to bottom."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from data.prefetch import Prefetch
+from objectives.draws import draws
+from partitioning import UserError
+from training.control import ControlLog
+from training.flops import FlopCount, forward_flops, mfu, peak_flops, training_flops
+from training.metrics import MetricWriter
+from training.plan import Plan, PlannedStage
+from training.progress import Progress
+from training.run import Run
+from training.state import State
+from training.store import Store
+
+DEPTH = 2
+
+
+def train(run: Run, out: Path, *, operative: str = "", debug: bool = False) -> dict[str, float]:
+    """Trains a run into a folder, or goes on with what is there.
+
+    Args:
+      run: what to train.
+      out: gets `config.gin`, `checkpoints/`, `metrics.jsonl` and TensorBoard events.
+      operative: the config's text, kept beside the run.
+      debug: runs without jit and stops at the first NaN.
+
+    Returns:
+      The last figures: loss and evaluations.
+
+    Raises:
+      UserError: what the plan refuses; a folder that holds another run; too many bad steps in a row.
+    """
+    # 1. The plan: every check that needs no device memory.
+    plan = run.plan()
+    store = Store(plan, str(out / "checkpoints"))
+
+    # 2. The state: the newest complete checkpoint's, or the initial one.
+    log = ControlLog(tuple(run.controllers))
+    if store.checkpoints.steps():
+        state, saved = store.restore()
+        log = ControlLog.restored(tuple(run.controllers), saved)
+    else:
+        state = plan.init()
+    start = int(state.step)
+    _keep_config(out, operative)
+
+    # 3. One program a stage, all compiled before the first step; then steps.
+    with (
+        store.checkpoints,
+        MetricWriter(out, step=start) as writer,
+        Progress(plan.steps, done=start, checkpoint_every=run.checkpoint_every) as progress,
+        Interrupt() as interrupt,
+        plan.placement.scope(),
+    ):
+        if not start:
+            store.start(state)
+        remaining = [stage for stage in plan.stages if stage.last > start]
+        programs = [_debugged(stage) if debug else _compiled(plan, stage, progress.say) for stage in remaining]
+        loop = Loop(plan, store, log, writer, progress, interrupt)
+        for stage, program in zip(remaining, programs, strict=True):
+            state = loop.stage(stage, program, state)
+            if interrupt.seen:
+                progress.say(f"interrupted: saved at step {int(state.step)}; the same command goes on")
+                break
+        return loop.figures
+
+
+@dataclass
+class Loop:
+    """What the steps of all stages share."""
+
+    plan: Plan
+    store: Store
+    log: ControlLog
+    writer: MetricWriter
+    progress: Progress
+    interrupt: Interrupt
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        plan = self.plan
+        self.judges = [
+            judge.open(models=plan.trees.models, placement=plan.placement, tokenizer=plan.tokenizer)
+            for judge in plan.run.evaluators
+        ]
+
+    def stage(self, stage: PlannedStage, program: Any, state: State) -> State:
+        """Takes the stage's steps that are left."""
+        run = self.plan.run
+        begin = max(stage.first, int(state.step))
+        before: tuple[int, int, Any] | None = None
+        with Prefetch(lambda step: self._batch(stage, step), first=begin, last=stage.last, depth=DEPTH) as batches:
+            for step in range(begin, stage.last):
+                batch = next(batches)
+                tokens = sum(int(np.count_nonzero(v)) for k, v in batch.items() if k.split("/")[-1] == "segments")
+                state, out = program(state, self.plan.put(stage, batch))
+                # The device never waits for the host: what is read back is the step before.
+                if before is not None:
+                    self._read(stage, *before)
+                before = (step + 1, tokens, out)
+                done = step + 1
+                last = done == self.plan.steps or self.interrupt.seen
+                judge = bool(self.judges) and (done % run.evaluate_every == 0 or last)
+                save = done % run.checkpoint_every == 0 or last
+                if judge or save:
+                    self._read(stage, *before)
+                    before = None
+                # Judged before saved: whatever a checkpoint has behind it is on file.
+                if judge:
+                    self.evaluate(done, state)
+                if save:
+                    self.store.save(state, self.log.saved())
+                if self.interrupt.seen:
+                    break
+        if before is not None:
+            self._read(stage, *before)
+        return state
+
+    def _batch(self, stage: PlannedStage, step: int) -> dict[str, np.ndarray]:
+        return stage.reader.batch(
+            step - stage.first,
+            batch_size=stage.stage.batch_size,
+            length=stage.stage.length,
+            seed=self.plan.run.seed,
+            start=stage.rows,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            control=tuple(self.log.entries),
+        )
+
+    def _read(self, stage: PlannedStage, done: int, tokens: int, out: Mapping[str, Any]) -> None:
+        """Reads a finished step back: the guard, the controllers, the log."""
+        run = self.plan.run
+        if run.guard is not None:
+            run.guard.check({"run": out["metrics"]["skipped_in_a_row"]}, step=done)
+        if run.controllers:
+            first = {"mixture": stage.reader.weights} if hasattr(stage.reader, "weights") else {}
+            row = lambda step: stage.rows + (step - stage.first) * stage.stage.batch_size  # noqa: E731
+            known = len(self.log.entries)
+            self.log.observe(done, jax.device_get(out["sums"]), first, row)
+            for entry in self.log.entries[known:]:
+                self.progress.say(f"step {done}: from step {entry.step} on {dict(entry.values)}")
+        if done % run.log_every == 0 or done == self.plan.steps or not self.figures:
+            metrics = {name: float(value) for name, value in jax.device_get(out["metrics"]).items()}
+            self.figures["loss"] = metrics["loss"]
+            self.writer.write(done, metrics)
+        self.progress.update(done, loss=self.figures["loss"], tokens=tokens * jax.process_count())
+
+    def evaluate(self, done: int, state: State) -> None:
+        """Runs the evaluators on the averaged parameters where there are any."""
+        params = state.params
+        if state.average is not None and self.plan.run.average is not None:
+            params = self.plan.run.average.read(state.average, state.params)
+        found: dict[str, float] = {}
+        for judge in self.judges:
+            found |= judge({"params": params, "frozen": state.frozen, "buffers": state.buffers})
+        self.figures |= found
+        self.writer.write(done, {f"evaluation/{name}": value for name, value in found.items()})
+        self.progress.say(f"step {done}: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+
+
+class Interrupt:
+    """Notes a request to stop (SIGTERM), so that the loop can end a step, save and return."""
+
+    seen = False
+
+    def __enter__(self) -> Interrupt:
+        try:
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        except ValueError:
+            # Only the main thread may listen to signals.
+            self._before = None
+        return self
+
+    def _note(self, *_: Any) -> None:
+        self.seen = True
+
+    def __exit__(self, *_: Any) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+def step_flops(plan: Plan, stage: PlannedStage) -> FlopCount:
+    """Model FLOPs of a stage's step: three times the objective's forward pass over the whole batch."""
+    step = stage.step
+
+    def forward(state: State, batch: Any) -> Any:
+        key = draws(jax.random.key(0), state.step, batch["row"], step.batch_size)
+        models = plan.trees.models(state.params, state.frozen, state.buffers)
+        prepared = step.objective.prepare(models, batch, step=state.step, key=key)
+        loss = step.objective(models, prepared, step=state.step, key=key)
+        return [term.total for term in loss.terms.values()]
+
+    return training_flops(forward_flops(forward, plan.state, stage.batch))
+
+
+def _compiled(plan: Plan, stage: PlannedStage, say: Callable[[str], None]) -> Any:
+    program = plan.compile(stage)
+    memory = program.memory_analysis()
+    if memory is not None:
+        parts = (("arguments", memory.argument_size_in_bytes), ("temporaries", memory.temp_size_in_bytes))
+        say(f"step program from step {stage.first}: " + ", ".join(f"{n / 2**20:,.1f} MiB {name}" for name, n in parts))
+    return program
+
+
+def _debugged(stage: PlannedStage) -> Callable[[State, Any], tuple[State, Any]]:
+    """The step without jit, every operation checked for NaN."""
+
+    def step(state: State, batch: Any) -> tuple[State, Any]:
+        with jax.disable_jit(), jax.debug_nans(True):
+            try:
+                return stage.step(state, batch)
+            except FloatingPointError as error:
+                raise UserError(f"step {int(state.step)}: first NaN: {error}") from error
+
+    return step
+
+
+def _keep_config(out: Path, text: str) -> None:
+    """Writes `config.gin` in one go."""
+    if not text or jax.process_index():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    aside = out / f".config.gin.{os.getpid()}"
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(out / "config.gin")
+
+
+__all__ = ["Loop", "Run", "mfu", "peak_flops", "step_flops", "train"]

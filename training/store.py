@@ -1,0 +1,92 @@
+"""A run's state in checkpoints: layers by index, frozen trees once, and the records beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import jax
+
+from checkpoints.store import Checkpoints
+from models.stack import layer_names
+from partitioning import UserError
+from training.plan import Plan
+from training.state import State, by_group, by_index
+
+
+class Store:
+    """Saves and restores the state of one plan.
+
+    Args:
+      plan: of the run.
+      folder: of the checkpoints.
+
+    Raises:
+      UserError: on restoring, what is there is of another model or other data, or nothing whole is there.
+    """
+
+    def __init__(self, plan: Plan, folder: str):
+        self.plan = plan
+        self.checkpoints = Checkpoints(folder, keep=plan.run.keep, every=plan.run.checkpoint_every)
+        self.names = layer_names(plan.trees.shapes)
+        # Through JSON, as the checkpoint has it.
+        self.identity = json.loads(json.dumps([stage.reader.identity() for stage in plan.stages]))
+        self.frozen: dict[str, Any] = {}
+        self._by_index = jax.jit(lambda kept: by_index(kept, self.names))
+
+    def trees(self, flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Leaves of a flat dict, by tree."""
+        out: dict[str, dict[str, Any]] = {}
+        for name, value in flat.items():
+            out.setdefault(name.split("/")[0], {})[name] = value
+        return out
+
+    def start(self, state: State) -> None:
+        """Keeps the frozen trees of a new run, each once and by its hash."""
+        for tree, flat in self.trees(state.frozen).items():
+            self.frozen[tree] = self.checkpoints.save_frozen(tree, jax.jit(lambda f: by_index(f, self.names))(flat))
+
+    def save(self, state: State, control: Mapping[str, Any]) -> None:
+        """Writes a checkpoint in the background."""
+        packages = {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
+        metadata = {"data": self.identity, "control": control, "frozen": self.frozen, "versions": packages}
+        self.checkpoints.save(int(state.step), self._by_index(state.kept()), metadata)
+
+    def restore(self) -> tuple[State, dict[str, Any]]:
+        """The newest complete checkpoint's state, on the plan's mesh, and its control log."""
+        target = self.plan.targets()
+        kept, saved = self.checkpoints.restore(by_index(target.kept(), self.names))
+        if saved["data"] != self.identity:
+            raise UserError(
+                f"{self.checkpoints.folder}: trained on other data than this config reads "
+                f"({_difference(saved['data'], self.identity)}): use another --out"
+            )
+        self.frozen = saved["frozen"]
+        frozen: dict[str, Any] = {}
+        for tree, flat in self.trees(target.frozen).items():
+            if tree not in self.frozen:
+                raise UserError(
+                    f"{self.checkpoints.folder}: has no frozen tree {tree!r}: it is a run with another objective"
+                )
+            frozen |= self.checkpoints.load_frozen(self.frozen[tree], by_index(flat, self.names))
+        shardings = self.plan.shardings
+        group = jax.jit(
+            lambda tree: State(**by_group(tree, {**target.kept(), "frozen": target.frozen}, self.names)),
+            out_shardings=shardings,
+        )
+        return group({**kept, "frozen": frozen}), saved["control"]
+
+
+def _difference(old: Any, new: Any, where: str = "data") -> str:
+    """The first place where two JSON values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key):
+                return _difference(old.get(key), new.get(key), f"{where}.{key}")
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            if a != b:
+                return _difference(a, b, f"{where}[{i}]")
+    return f"{where}: {str(old)[:60]} there, {str(new)[:60]} here"
