@@ -51,11 +51,18 @@ def store(path: str) -> Any:
 
 
 def read_file(folder: str, name: str) -> bytes | None:
-    """The content of a file, or None when there is none."""
+    """The content of a file, or None when there is none.
+
+    Errors: UserError naming the file when it is there and cannot be read, or the bucket cannot be reached.
+    """
     try:
+        if not is_remote(folder):
+            return Path(folder, name).expanduser().read_bytes()
         got = store(folder).read(name).result()
-    except (ValueError, OSError):
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{join(folder, name)}: cannot be read: {reason(error)}") from None
     return got.value if got.state == "value" else None
 
 

@@ -199,8 +199,11 @@ def _whole(folder: str) -> Iterator[str]:
     """Give a folder to write into, and move it to its name when the block ends well; remove it when it does not."""
     if is_remote(folder):
         # A bucket has no rename: the manifest, written last, is what makes the cache one.
-        store(folder).delete_range(_everything()).result()
-        yield folder
+        try:
+            store(folder).delete_range(_everything()).result()
+            yield folder
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: the cache cannot be written: {reason(error)}") from error
         return
     final, replaced, prefix = siblings(folder)
     part = final.with_name(f"{prefix}{os.getpid()}")

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Int
@@ -22,10 +22,10 @@ class Recent(Generic[T]):
         self._capacity = capacity
         self._held: OrderedDict[Hashable, T] = OrderedDict()
 
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The value of the key, made when it is not held."""
+    def get(self, key: Hashable, make: Callable[..., T], *arguments: Any) -> T:
+        """The value of the key: `make(*arguments)` when it is not held."""
         if key not in self._held:
-            self._held[key] = make()
+            self._held[key] = make(*arguments)
             while len(self._held) > self._capacity:
                 self._held.popitem(last=False)
         self._held.move_to_end(key)
@@ -78,7 +78,7 @@ class Epochs:
         out = []
         epochs, inside = np.divmod(np.asarray(rows, np.int64), self.rows)
         for epoch in np.unique(epochs).tolist():
-            order, starts = self._orders.get(epoch, lambda epoch=epoch: self._order(epoch))  # type: ignore[misc]
+            order, starts = self._orders.get(epoch, self._order, epoch)
             at = np.flatnonzero(epochs == epoch)
             blocks = np.searchsorted(starts, inside[at], side="right") - 1
             for number in np.unique(blocks).tolist():

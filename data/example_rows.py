@@ -156,12 +156,11 @@ class ExampleRows:
 
     def take(self, rows: Int[np.ndarray, " B"], *, length: int, seed: int) -> Batch:
         """See `Rows`."""
-        epochs = self._epochs.get(seed, lambda: self._order(seed))
+        epochs = self._epochs.get(seed, self._order, seed)
         out = {name: np.zeros((len(rows), *shape), dtype) for name, (shape, dtype) in self.shapes(length).items()}
         for block, inside, at in epochs.runs(rows):
             key = (seed, block.epoch, block.number)
-            make = lambda block=block: (self._load(block), epochs.within(block))  # noqa: E731
-            held, order = self._blocks.get(key, make)
+            held, order = self._blocks.get(key, self._load, block, epochs)
             for name, array in self._rows(held, order[inside], length).items():
                 out[name][at] = array
         return out
@@ -170,8 +169,9 @@ class ExampleRows:
         sizes = [stop - first for first, stop in map(self._windows.range, range(self._windows.count))]
         return Epochs(np.asarray(sizes), seed, self._shuffle)
 
-    def _load(self, block: Block) -> dict[str, Held]:
-        return {name: self._load_column(name, kind, block) for name, kind in self._split.kinds.items()}
+    def _load(self, block: Block, epochs: Epochs) -> tuple[dict[str, Held], Int[np.ndarray, " rows"]]:
+        columns = {name: self._load_column(name, kind, block) for name, kind in self._split.kinds.items()}
+        return columns, epochs.within(block)
 
     def _load_column(self, name: str, kind: str, block: Block) -> Held:
         bounds = self._split.bounds(name)

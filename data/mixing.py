@@ -137,7 +137,7 @@ class MixtureReader:
             changes.append((row, tuple((n, float(w)) for n, w in entry.values[CONTROL_KEY].items())))
         fixed = tuple(changes)
         with self._lock:
-            return self._spans.get((seed, fixed), lambda: self._plan(seed, fixed))
+            return self._spans.get((seed, fixed), self._plan, seed, fixed)
 
     def batch(
         self,

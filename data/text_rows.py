@@ -99,8 +99,7 @@ class TextRows:
         return self._rows_of[length]
 
     def _order(self, length: int, seed: int) -> Epochs:
-        make = lambda: Epochs(self._rows_in_windows(length), seed, self._shuffle)  # noqa: E731
-        return self._epochs.get((length, seed), make)
+        return self._epochs.get((length, seed), Epochs, self._rows_in_windows(length), seed, self._shuffle)
 
     def take(self, rows: Int[np.ndarray, " B"], *, length: int, seed: int) -> Batch:
         """See `Rows`."""
@@ -110,7 +109,7 @@ class TextRows:
         places = []
         for block, inside, at in runs:
             key = (seed, length, block.epoch, block.number)
-            tokens, packed = self._blocks.get(key, lambda block=block: self._load(block, epochs, length))  # type: ignore[misc]
+            tokens, packed = self._blocks.get(key, self._load, block, epochs, length)
             for stretch in np.split(np.arange(len(at)), np.flatnonzero(np.diff(inside) != 1) + 1):
                 first, last = int(inside[stretch[0]]), int(inside[stretch[-1]])
                 parts.append(packing.fill(tokens, packed, first, last + 1, length, self._tokenizer.specials.pad))

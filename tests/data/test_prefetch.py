@@ -78,3 +78,22 @@ def test_a_restart_forgets_what_was_made_ahead():
         scale[0] = 10
         batches.restart(4)
         assert list(batches) == [40, 50, 60, 70, 80]
+
+
+def test_a_result_begun_before_a_restart_is_thrown_away():
+    begun, go = threading.Event(), threading.Event()
+    scale = [1]
+
+    def make(step):
+        made = step * scale[0]
+        if step == 0 and not go.is_set():
+            begun.set()
+            go.wait(10)
+        return made
+
+    with Prefetch(make, 0, 3) as batches:
+        assert begun.wait(10)
+        scale[0] = 10
+        batches.restart(1)
+        go.set()
+        assert list(batches) == [10, 20]
