@@ -77,8 +77,8 @@ class MixtureReader:
     def __init__(self, readers: Mapping[str, SplitReader], weights: Mapping[str, float]):
         self.names = list(readers)
         self._readers = list(readers.values())
-        self._weights = {name: float(weight) for name, weight in weights.items()}
-        slots_of(self._weights, self.names)
+        self.weights = {name: float(weight) for name, weight in weights.items()}
+        slots_of(self.weights, self.names)
         first = self._readers[0]
         self.tokenizer = first.tokenizer
         self.vocabulary, self.specials = first.vocabulary, first.specials
@@ -96,7 +96,7 @@ class MixtureReader:
     def identity(self) -> dict[str, Any]:
         """See `Reader`."""
         sources = {name: reader.identity() for name, reader in zip(self.names, self._readers, strict=True)}
-        return {"mixture": sources, "weights": self._weights}
+        return {"mixture": sources, "weights": self.weights}
 
     def spec(self, *, batch_size: int, length: int) -> Shapes:
         """See `Reader`."""
@@ -108,7 +108,7 @@ class MixtureReader:
 
     def _plan(self, seed: int, changes: tuple[tuple[int, tuple[tuple[str, float], ...]], ...]) -> list[Span]:
         spans: list[Span] = []
-        for first, weights in ((0, tuple(self._weights.items())), *changes):
+        for first, weights in ((0, tuple(self.weights.items())), *changes):
             slots = slots_of(dict(weights), self.names)
             seeded = [seed & 0xFFFFFFFF, seed >> 32, 4, len(spans)]
             order = np.repeat(np.arange(len(slots)), slots)[permutation(seeded, SLOTS)]

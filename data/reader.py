@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,11 +23,17 @@ MEMORY_WINDOW = 1024
 
 
 class Reader(Protocol):
-    """Batches by random access."""
+    """Batches by random access.
+
+    Of a mixture, `names` are the sources in the order of a batch's `source` numbers and `weights` their shares at the
+    start; of one split both are empty.
+    """
 
     vocabulary: int
     specials: Specials
     tokenizer: Tokenizer
+    names: Sequence[str]
+    weights: Mapping[str, float]
 
     def spec(self, *, batch_size: int, length: int) -> Shapes:
         """Global shape and type of every array of a batch."""
@@ -122,6 +129,9 @@ class Reading:
 
 class SplitReader:
     """A reader over one split. It may be called from several threads."""
+
+    names: Sequence[str] = ()
+    weights: Mapping[str, float] = MappingProxyType({})
 
     def __init__(self, split: Split, tokenizer: Tokenizer, options: Reading, identity: Mapping[str, Any], window: int):
         self.tokenizer = tokenizer

@@ -79,11 +79,12 @@ class Weighted(Objective):
     def after_step(self, models, rows, stats, *, step):
         """Every part with its own rows and statistics."""
         for name, part in self.parts.items():
-            own = lambda values, name=name: {
-                k.removeprefix(f"{name}/"): v for k, v in values.items() if k.startswith(f"{name}/")
-            }
+            mine = f"{name}/"
+            own_rows, own_stats = (
+                {k.removeprefix(mine): v for k, v in values.items() if k.startswith(mine)} for values in (rows, stats)
+            )
             side = {k: v for k, v in stats.items() if k.startswith("side/")}
-            part.after_step(models, own(rows), own(stats) | side, step=step)
+            part.after_step(models, own_rows, own_stats | side, step=step)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,7 +146,7 @@ class Loop:
         if run.guard is not None:
             run.guard.check({"run": out["metrics"]["skipped_in_a_row"]}, step=done)
         if run.controllers:
-            first = {"mixture": stage.reader.weights} if hasattr(stage.reader, "weights") else {}
+            first = {"mixture": stage.reader.weights} if stage.reader.weights else {}
             row = lambda step: stage.rows + (step - stage.first) * stage.stage.batch_size  # noqa: E731
             known = len(self.log.entries)
             self.log.observe(done, jax.device_get(out["sums"]), first, row)
@@ -236,6 +236,3 @@ def _keep_config(out: Path, text: str) -> None:
     aside = out / f".config.gin.{os.getpid()}"
     aside.write_text(text, encoding="utf-8")
     aside.replace(out / "config.gin")
-
-
-__all__ = ["Loop", "Run", "mfu", "peak_flops", "step_flops", "train"]

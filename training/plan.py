@@ -102,7 +102,7 @@ class Plan:
                 clip=run.clip,
                 guard=run.guard,
                 average=run.average,
-                sources=len(getattr(reader, "sources", ("",))),
+                sources=len(reader.names),
             )
             batch = {
                 name: jax.ShapeDtypeStruct(shape, dtype, sharding=placement.rows(shape, f"batch field {name!r}"))

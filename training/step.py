@@ -36,7 +36,7 @@ class Step:
       accumulate: micro-batches in a step.
       clip: largest global norm of a gradient, or None.
       guard, average: see `Guard` and `Ema`; None for none.
-      sources: how many sources the data mixes; statistics are kept for each when there are several.
+      sources: how many sources the data mixes, 0 for none; statistics are kept for each.
     """
 
     trees: Trees
@@ -49,7 +49,7 @@ class Step:
     clip: float | None = 1.0
     guard: Guard | None = None
     average: Ema | None = None
-    sources: int = 1
+    sources: int = 0
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, dict[str, Stats]]:
         """Takes one optimizer step; meant for `jax.jit` with the state donated.
@@ -179,10 +179,10 @@ def weighed(loss: Loss, models: Models, over: Mapping[str, Array]) -> Float[Arra
 
 
 def sums(loss: Loss, models: Models, batch: Batch, sources: int) -> Stats:
-    """Totals of all terms, and with several sources those of each source."""
+    """Totals of all terms, and of a mixture those of each source."""
     out = {f"{name}/total": term.total for name, term in loss.terms.items()}
     out |= {f"{name}/total": side.total for name, side in _sides(models).items()}
-    if sources > 1:
+    if sources:
         for name, term in loss.terms.items():
             if term.rows is not None:
                 by_source = lambda x: jax.ops.segment_sum(x, batch["source"], sources)  # noqa: E731
