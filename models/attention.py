@@ -148,7 +148,7 @@ class Attention(nnx.Module):
     def _project(self, hidden, source):
         """Queries, keys and values; one matrix product where all three have the same shape and source."""
         cast = lambda p: None if p is None else p.get_value().astype(hidden.dtype)  # noqa: E731
-        kernels = [cast(self.query), cast(self.key), cast(self.value)]
+        kernels = [p.get_value().astype(hidden.dtype) for p in (self.query, self.key, self.value)]
         biases = [cast(self.query_bias), cast(self.key_bias), cast(self.value_bias)]
         if source is hidden and self.kv_heads == self.heads:
             fused = jnp.einsum("bsd,dchk->cbshk", hidden, jnp.stack(kernels, axis=1))

@@ -72,9 +72,9 @@ class Block(nnx.Module):
         if not 0 <= dropout < 1:
             raise UserError(f"dropout = {dropout}: expected a probability in [0, 1)")
         self.placement, self.mask, self.dropout = placement, nnx.static(mask), dropout
-        self.mixer = mixer(width, rngs=rngs)
+        self.mixer: Any = mixer(width, rngs=rngs)
         self.mixer_norm = norm(width)
-        self.feed_forward = feed_forward(width, rngs=rngs)
+        self.feed_forward: Any = feed_forward(width, rngs=rngs)
         self.feed_forward_norm = norm(width)
 
     def __call__(self, x: Float[Array, "B S D"], context: Context) -> tuple[Float[Array, "B S D"], Sides, Any]:

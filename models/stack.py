@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -71,9 +72,7 @@ class Stack(nnx.Module):
         scanned: dict[str, Block] = {}
         for k in range(first, first + period) if repetitions else ():
             indices = jnp.arange(k, k + repetitions * period, period)
-            scanned[str(k)] = _stacked(
-                lambda key, k=k: build(k, key), jax.vmap(lambda i: jax.random.fold_in(base, i))(indices)
-            )
+            scanned[str(k)] = _stacked(partial(build, k), jax.vmap(lambda i: jax.random.fold_in(base, i))(indices))
         rest = [*range(first), *range(first + repetitions * period, layers)]
         self.scanned = nnx.Dict(scanned)
         self.layers = nnx.Dict({str(i): build(i, jax.random.fold_in(base, i)) for i in rest})
@@ -150,7 +149,7 @@ class Stack(nnx.Module):
             x = single(i, x)
         return x, jnp.concatenate(taps) if tap else None, sides, None if cache is None else entries
 
-    def _rematerialised(self, body, *, scan: bool = False):
+    def _rematerialised(self, body: Callable[..., Any], *, scan: bool = False) -> Callable[..., Any]:
         if self.remat == "none":
             return body
         return jax.checkpoint(body, policy=POLICIES[self.remat], prevent_cse=not scan)

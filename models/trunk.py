@@ -97,7 +97,7 @@ class Trunk(nnx.Module):
         self.embedding_scale = embedding_scale
         rows = vocabulary.padded(vocab_multiple)
         self.table = param(normal(rngs, (rows, width)), ("vocab", "embed")) if embeddings else None
-        self.positions = None if positions is None else positions(width, rngs=rngs)
+        self.positions: Any = None if positions is None else positions(width, rngs=rngs)
         self.embedding_norm = norm(width) if embedding_norm else None
         plain = partial(
             Block,

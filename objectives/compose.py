@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import jax.numpy as jnp
 
-from objectives.base import Loss, Objective, Term, at
+from objectives.base import Loss, Objective, Schedule, Term, at
 from objectives.draws import Draws
 from partitioning import UserError
 from partitioning.ranges import Range, check_fields
@@ -115,7 +115,7 @@ class Phases(Objective):
             )
 
     def _weighted(self) -> Weighted:
-        def schedule(i: int):
+        def schedule(i: int) -> Schedule:
             start, stop = sum(self.lengths[:i]), sum(self.lengths[: i + 1])
 
             def weight(step):

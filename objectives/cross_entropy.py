@@ -122,7 +122,7 @@ def _forward(hidden, table, bias, weight, targets, size, smoothing, z, per_row):
     chunks = (_split(hidden, per_row), _split(targets, per_row), _split(weight.astype(wide), per_row))
     (total, d_table, d_bias), (each, hit, d_hidden) = jax.lax.scan(one, start, chunks)
     length = targets.shape[1]
-    d_bias = None if bias is None else d_bias.astype(bias.dtype)
+    d_bias = None if bias is None or d_bias is None else d_bias.astype(bias.dtype)
     saved = (_join(d_hidden, length), d_table.astype(table.dtype), d_bias, jnp.zeros(weight.shape, weight.dtype))
     return (total, _join(each, length), _join(hit, length)), saved
 

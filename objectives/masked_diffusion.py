@@ -56,6 +56,7 @@ class MaskedDiffusion(Objective):
         never = jnp.where(jnp.arange(rows) == trunk.vocabulary.mask, -1e30, 0.0)
         scores = replace(scores, bias=never if scores.bias is None else scores.bias + never)
         loss, _ = self.penalty(scores, tokens, masked / time[:, None])
+        assert loss.rows is not None
         count = can.sum().astype(jnp.float32)
         per_row = (loss.rows[0], can.sum(1).astype(jnp.float32))
         return Loss({"bound": replace(loss, weight=count, rows=per_row), "masked": metric(masked.sum(), count)})

@@ -2,7 +2,7 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ class Rules:
                             f"rule {title}.{name} -> {place}: no such mesh axis: use one of {', '.join(MESH_AXES)}"
                         )
 
-    def place(self, devices=None) -> "Placement":
+    def place(self, devices: Sequence[jax.Device] | None = None) -> "Placement":
         """These rules on a mesh of `devices` (all by default)."""
         return Placement(self, make_mesh(self.mesh, devices))
 

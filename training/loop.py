@@ -16,7 +16,7 @@ from data.prefetch import Prefetch
 from objectives.draws import draws
 from partitioning import UserError
 from training.control import ControlLog
-from training.flops import FlopCount, forward_flops, mfu, peak_flops, training_flops
+from training.flops import FlopCount, forward_flops, training_flops
 from training.metrics import MetricWriter
 from training.plan import Plan, PlannedStage
 from training.progress import Progress

@@ -13,7 +13,7 @@ from flax import nnx
 from models.vocabulary import Vocabulary
 from objectives.base import Companion
 from partitioning import Placement, UserError
-from training.run import Run, Stage
+from training.run import Part, Run
 from training.state import State, abstract_state, state_shardings
 from training.step import Step
 from training.trees import Trees
@@ -32,7 +32,7 @@ class PlannedStage:
       batch: abstract batch, with shardings.
     """
 
-    stage: Stage
+    stage: Part
     first: int
     rows: int
     reader: Any
@@ -86,19 +86,18 @@ class Plan:
         if not trees.of_kind("params"):
             raise UserError("no parameter is trained: every tree is frozen")
         axes = {name: trees.axes[name] for name in trees.of_kind("params")}
-        shared = {"average": run.average is not None, "guard": run.guard.init() if run.guard else ()}
         first, rows, stages, states = 0, 0, [], []
         for part, reader in zip(parts, readers, strict=True):
             _check(part, reader, placement)
-            tx = part.optimizer(axes)  # type: ignore[misc]
+            tx = part.optimizer(axes)
             step = Step(
                 trees=trees,
-                objective=part.objective,  # type: ignore[arg-type]
-                optimizer=part.optimizer,  # type: ignore[arg-type]
+                objective=part.objective,
+                optimizer=part.optimizer,
                 tx=tx,
                 seed=run.seed,
-                batch_size=part.batch_size,  # type: ignore[arg-type]
-                accumulate=part.accumulate,  # type: ignore[arg-type]
+                batch_size=part.batch_size,
+                accumulate=part.accumulate,
                 clip=run.clip,
                 guard=run.guard,
                 average=run.average,
@@ -109,10 +108,11 @@ class Plan:
                 for name, (shape, dtype) in reader.spec(batch_size=part.batch_size, length=part.length).items()
             }
             stages.append(PlannedStage(part, first, rows, reader, step, batch))
-            states.append(abstract_state(trees, tx, **shared))
-            first, rows = first + part.steps, rows + part.steps * part.batch_size  # type: ignore[operator]
+            guard = run.guard.init() if run.guard else ()
+            states.append(abstract_state(trees, tx, average=run.average is not None, guard=guard))
+            first, rows = first + part.steps, rows + part.steps * part.batch_size
         for state in states[1:]:
-            if jax.tree.structure(state) != jax.tree.structure(states[0]):
+            if not _alike(state, states[0]):
                 raise UserError(
                     "the stages' optimizers have states of different structure: use one class, with other constants"
                 )
@@ -205,21 +205,26 @@ def build(run: Run, vocabulary: Vocabulary, key: jax.Array) -> dict[str, Compani
     return found
 
 
-def _check(part: Stage, reader: Any, placement: Placement) -> None:
+def _check(part: Part, reader: Any, placement: Placement) -> None:
     spec = reader.spec(batch_size=part.batch_size, length=part.length)
-    assert part.objective is not None
     part.objective.check(steps=part.steps, batch=spec)
-    k = part.accumulate or 1
+    k = part.accumulate
     if k > 1 and part.objective.couples_rows:
         raise UserError(
             f"{type(part.objective).__name__} compares the rows of a batch with each other and cannot be accumulated over "
             f"{k} micro-batches: set accumulate = 1, or the objective's chunked form where it has one"
         )
-    if part.batch_size % k:  # type: ignore[operator]
+    if part.batch_size % k:
         raise UserError(f"batch_size = {part.batch_size} does not divide into accumulate = {k} micro-batches")
     ways = int(np.prod([placement.mesh.shape[a] for a in placement.rules.activations["batch"]]))
-    if (part.batch_size // k) % ways:  # type: ignore[operator]
+    if (part.batch_size // k) % ways:
         raise UserError(
-            f"{part.batch_size // k} rows ({'batch_size' if k == 1 else 'batch_size / accumulate'}) do not divide over "  # type: ignore[operator]
+            f"{part.batch_size // k} rows ({'batch_size' if k == 1 else 'batch_size / accumulate'}) do not divide over "
             f"{ways} devices: use a multiple of {ways}, or another mesh"
         )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two trees have one structure and the same shapes."""
+    shapes = lambda tree: [(jax.tree_util.keystr(k), x.shape) for k, x in jax.tree_util.tree_leaves_with_path(tree)]  # noqa: E731
+    return shapes(one) == shapes(other)

@@ -56,6 +56,19 @@ class Stage:
         check_fields(self)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """A stage with every value filled in; the fields are `Stage`'s."""
+
+    steps: int
+    length: int
+    batch_size: int
+    accumulate: int
+    objective: Objective
+    data: Any
+    optimizer: Optimizer
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One run.
@@ -115,12 +128,12 @@ class Run:
                 f"Run needs either steps or stages, and has {'both' if self.stages else 'neither'}: such as {example}"
             )
 
-    def parts(self) -> list[Stage]:
+    def parts(self) -> list[Part]:
         """The stages with every value filled in."""
         whole = [Stage(steps=self.steps)] if self.steps is not None else list(self.stages)
         either = lambda own, ours: ours if own is None else own  # noqa: E731
         return [
-            Stage(
+            Part(
                 steps=stage.steps,
                 length=either(stage.length, self.length),
                 batch_size=either(stage.batch_size, self.batch_size),

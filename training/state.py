@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
 
 from models.stack import restack, unstack
 from models.variables import Flat
@@ -32,7 +31,7 @@ class State:
       guard: the guard's state.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Flat
     frozen: Flat
     buffers: Flat
