@@ -3,6 +3,7 @@
 from data.cache import Cache
 from data.control import ControlEntry
 from data.corpora import PythonCode, PythonDocs, PythonSearch
+from data.derived import PythonLists, PythonPreferences, PythonPrompts
 from data.example_rows import text_batch
 from data.mixing import Mixture, MixtureReader
 from data.prefetch import Prefetch
@@ -27,6 +28,9 @@ __all__ = [
     "Prefetch",
     "PythonCode",
     "PythonDocs",
+    "PythonLists",
+    "PythonPreferences",
+    "PythonPrompts",
     "PythonSearch",
     "Reader",
     "Records",

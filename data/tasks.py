@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data import cache, cache_writing, corpora
+from data.derived import PythonLists, PythonPreferences, PythonPrompts
 from data.sources import SPLITS, JsonLines, LocalText, Portion, Record, Source, fingerprint
 from data.tokenizers import Bytes, Tokenizer, TokenizerSpec
 from partitioning.errors import UserError
@@ -74,6 +75,9 @@ TASKS: dict[str, Task] = {
     "python_docs": _embedded("python_docs", corpora.PythonDocs),
     "python_code": _embedded("python_code", corpora.PythonCode),
     "python_search": _embedded("python_search", corpora.PythonSearch),
+    "python_lists": _embedded("python_lists", PythonLists),
+    "python_preferences": _embedded("python_preferences", PythonPreferences),
+    "python_prompts": _embedded("python_prompts", PythonPrompts),
 }
 
 

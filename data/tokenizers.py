@@ -201,6 +201,7 @@ class SentencePiece:
 
     @property
     def tag(self) -> str:
+        """What names it in a cache's folder: kind, size and shared corpora."""
         return "-".join([self.kind, str(self.vocabulary), *self.corpora])
 
     def train(self, texts: Iterable[str]) -> Tokenizer:

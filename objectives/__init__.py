@@ -13,6 +13,7 @@ from objectives.controller import Controller as Controller
 from objectives.dpo import DPO as DPO
 from objectives.draws import Draws as Draws
 from objectives.electra import Electra as Electra
+from objectives.emo import EMO as EMO
 from objectives.gpt_bert import GPTBert as GPTBert
 from objectives.grpo import GRPO as GRPO
 from objectives.listwise import ListNet as ListNet
@@ -22,5 +23,6 @@ from objectives.mixing import ExcessLossMixing as ExcessLossMixing
 from objectives.momentum_queue import MomentumQueue as MomentumQueue
 from objectives.replace import Replace as Replace
 from objectives.retromae import RetroMAE as RetroMAE
+from objectives.rewards import TokenShare as TokenShare
 from objectives.select import RandomTokens as RandomTokens
 from objectives.token_loss import TokenLoss as TokenLoss

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -137,10 +139,28 @@ def _backward(size, smoothing, z, per_row, saved, cotangents):
 _chunked.defvjp(_forward, _backward)
 
 
+def in_chunks(
+    one: Callable[..., Float[Array, "B k"]], hidden: Float[Array, "B K D"], *by_target: Array, tokens_per_chunk: int
+) -> Float[Array, "B K"]:
+    """Applies a function of (hidden, *by_target) to chunks of targets, which the backward pass computes again.
+
+    Args:
+      one: from `[B, k, D]` and `[B, k]` arrays to a number for each target; may hold `[B, k, vocab]` inside.
+      hidden: states at the targets.
+      by_target: arrays `[B, K]`.
+      tokens_per_chunk: about how many targets are in one chunk.
+    """
+    rows, length = hidden.shape[:2]
+    per_row = max(1, min(length, tokens_per_chunk // max(rows, 1)))
+    chunks = tuple(_split(x, per_row) for x in (hidden, *by_target))
+    body = jax.checkpoint(lambda _, chunk: (None, one(*chunk)), prevent_cse=False)
+    return _join(jax.lax.scan(body, None, chunks)[1], length)
+
+
 def log_probabilities(
     scores: Scores, targets: Int[Array, "B K"], *, tokens_per_chunk: int = 512
 ) -> Float[Array, "B K"]:
-    """log p(target) for each target, with gradients for each, in chunks that the backward pass computes again.
+    """log p(target) for each target, each with its gradient.
 
     For losses that are not a weighted sum over tokens, such as those of whole sequences. One matrix product more than
     `cross_entropy`.
@@ -150,15 +170,9 @@ def log_probabilities(
       targets: token ids.
       tokens_per_chunk: about how many targets' logits are held at once.
     """
-    per_row = max(1, min(targets.shape[1], tokens_per_chunk // max(targets.shape[0], 1)))
 
-    def one(_, chunk):
-        hidden, target = chunk
-        logits = Scores(hidden, scores.table, scores.bias, scores.size).logits()
-        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        return None, picked - jax.nn.logsumexp(logits, axis=-1)
+    def one(hidden, target):
+        logits = replace(scores, hidden=hidden).logits()
+        return jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
 
-    _, out = jax.lax.scan(
-        jax.checkpoint(one, prevent_cse=False), None, (_split(scores.hidden, per_row), _split(targets, per_row))
-    )
-    return _join(out, targets.shape[1])
+    return in_chunks(one, scores.hidden, targets, tokens_per_chunk=tokens_per_chunk)

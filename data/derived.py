@@ -1,0 +1,73 @@
+"""Lists, preferences and prompts made from the functions of the standard library, for the objectives that need them.
+
+What is preferred or relevant is known by construction: a docstring belongs to its own function and not to another's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from data.corpora import PythonSearch
+from data.sources import Record
+
+
+def _others(records: list[Record], i: int, count: int) -> list[Record]:
+    """`count` records other than the i-th, at strides that differ from record to record."""
+    stride = 1 + (7919 * i) % max(1, len(records) - 1)
+    return [records[(i + (n + 1) * stride) % len(records)] for n in range(count)]
+
+
+@dataclass(frozen=True)
+class PythonLists:
+    """Lists to rank: a sentence before its own function's source (`relevance` 1) and before other functions' (0).
+
+    Arguments:
+        split: `train`, `validation` or `test`.
+        others: candidates beside the right one.
+    """
+
+    split: str = "train"
+    others: int = 3
+
+    def __iter__(self) -> Iterator[Record]:
+        records = list(PythonSearch(split=self.split))
+        for i, record in enumerate(records):
+            sources = [record["positive"], *(other["positive"] for other in _others(records, i, self.others))]
+            # The right one stands at another place in each list.
+            place = i % len(sources)
+            order = [*range(1, place + 1), 0, *range(place + 1, len(sources))]
+            yield {
+                "candidates": [f"{record['query']}\n{sources[k]}" for k in order],
+                "relevance": [float(k == 0) for k in order],
+            }
+
+
+@dataclass(frozen=True)
+class PythonPreferences:
+    """Preferences: after a function's source, its own first sentence is chosen and another function's rejected.
+
+    Arguments:
+        split: `train`, `validation` or `test`.
+    """
+
+    split: str = "train"
+
+    def __iter__(self) -> Iterator[Record]:
+        records = list(PythonSearch(split=self.split))
+        for i, record in enumerate(records):
+            other = _others(records, i, 1)[0]
+            yield {"prompt": record["positive"], "chosen": record["query"], "rejected": other["query"]}
+
+
+@dataclass(frozen=True)
+class PythonPrompts:
+    """Prompts to continue: first sentences of docstrings.
+
+    Arguments:
+        split: `train`, `validation` or `test`.
+    """
+
+    split: str = "train"
+
+    def __iter__(self) -> Iterator[Record]:
+        for record in PythonSearch(split=self.split):
+            yield {"prompt": record["query"]}
