@@ -170,7 +170,7 @@ def build(case: Case) -> Callable[[jax.Array], dict[str, Any]]:
     """What a plan's `build` would be for a case."""
     from objectives import Companion
 
-    def make(key: jax.Array) -> dict[str, Companion]:
+    def make(key: jax.Array, given: Any) -> dict[str, Companion]:
         trunk = case.model(VOCABULARY, rngs=nnx.Rngs(key))
         return {"trunk": Companion(trunk), **case.objective.companions(trunk, nnx.Rngs(jax.random.fold_in(key, 1)))}
 

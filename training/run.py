@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -86,9 +86,10 @@ class Run:
       rules: where parameters and activations live; data parallel by default.
       seed: of the initial weights, the order of the data and every draw.
       clip: largest global norm of a gradient; None for no limit.
-      guard: skips bad steps; None for none.
+      guard: skips bad steps and ends a run of them; None trains on through NaN.
       average: exponential moving average of the parameters; None for none. Evaluation uses it where there is one.
       init_from: a run's folder whose newest trunk is the initial trunk.
+      freeze: regular expressions over the trunk's parameter paths; those that match are not trained.
       evaluators: called every `evaluate_every` steps and at the end.
       controllers: called every so many steps with reduced statistics.
       checkpoint_every, evaluate_every, log_every: in steps; a checkpoint is always written at the end.
@@ -110,9 +111,10 @@ class Run:
     rules: Rules | None = None
     seed: Annotated[int, Range(0, (1 << 32) - 1)] = 0
     clip: Annotated[float, Range(0, 1e30)] | None = 1.0
-    guard: Guard | None = None
+    guard: Guard | None = field(default_factory=Guard)
     average: Ema | None = None
     init_from: str | None = None
+    freeze: Sequence[str] = ()
     evaluators: Sequence[Any] = ()
     controllers: Sequence[Controller] = ()
     checkpoint_every: Whole = 1000
