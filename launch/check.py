@@ -115,7 +115,8 @@ def makes(annotation: Any) -> list[type]:
     origin, items = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated or origin in _UNIONS:
         return [cls for member in items for cls in makes(member)]
-    if origin is collections.abc.Callable and items and inspect.isclass(items[-1]):
+    # Any is a class from Python 3.11 on, and promises nothing.
+    if origin is collections.abc.Callable and items and inspect.isclass(items[-1]) and items[-1] is not Any:
         return [items[-1]]
     return list(items) if origin is type and inspect.isclass(items[0]) else []
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from models.feed_forward import ACTIVATIONS
 from models.heads import Scores, TiedHead
 from models.initializers import normal
-from models.trunk import Output
+from models.trunk import Output, Trunk
 from models.variables import param
 from objectives.base import Companion, Loss, Objective, Term, metric
 from objectives.replace import Replace
@@ -71,7 +71,7 @@ class Electra(Objective):
     Differs: masked positions are drawn without replacement, where the released code draws with.
     """
 
-    generator: Callable[..., Any]
+    generator: Callable[..., Trunk]
     select: Select = field(default_factory=RandomTokens)
     corrupt: Replace = field(default_factory=lambda: Replace(mask=0.85, random=0.0))
     penalty: TokenLoss = field(default_factory=TokenLoss)

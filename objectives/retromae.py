@@ -12,6 +12,7 @@ from flax import nnx
 
 from models.initializers import normal
 from models.masks import Bidirectional, Matrix
+from models.trunk import Trunk
 from models.variables import param
 from objectives.base import Companion, Loss, Objective
 from objectives.replace import Replace
@@ -53,7 +54,7 @@ class RetroMAE(Objective):
     Differs: random tokens are chosen, not whole words; a packed row has one bottleneck a document.
     """
 
-    decoder: Callable[..., Any]
+    decoder: Callable[..., Trunk]
     longest: Annotated[int, Range(1, 1 << 20)] = 512
     hide: Annotated[float, Range(0, 1)] = 0.5
     select: Select = field(default_factory=lambda: RandomTokens(rate=0.3))

@@ -19,6 +19,6 @@ class TokenShare:
 
     tokens: Sequence[int]
 
-    def __call__(self, tokens: Int[np.ndarray, "N L"], drawn: Float[np.ndarray, "N L"]) -> Float[np.ndarray, "N"]:
+    def __call__(self, tokens: Int[np.ndarray, "N L"], drawn: Float[np.ndarray, "N L"]) -> Float[np.ndarray, N]:
         """From tokens and a mask over the sampled ones to one reward a row."""
         return (np.isin(tokens, list(self.tokens)) * drawn).sum(1) / np.maximum(drawn.sum(1), 1)

@@ -14,6 +14,7 @@ from flax import nnx
 from models import Attention, Block, Experts, FeedForward, RMSNorm, Trunk, Vocabulary
 from objectives import (
     DPO,
+    EMO,
     GRPO,
     CausalLM,
     Electra,
@@ -156,6 +157,7 @@ CASES: dict[str, Case] = {
     "list_net": Case(ListNet(), list_batch),
     "dpo": Case(DPO(beta=2.0), preference_batch),
     "experts": Case(CausalLM(), model=EXPERTS),
+    "emo": Case(EMO()),
     "grpo": Case(GRPO(reward=even_tokens, samples=2, length=5), prompt_batch),
     "weighted": Case(Weighted(parts={"clm": CausalLM(), "mlm": MaskedLM()}, weights={"mlm": lambda step: 0.5 + step})),
     "phases": Case(

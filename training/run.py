@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -15,7 +15,7 @@ from partitioning import data as data_parallel
 from partitioning.ranges import Range, check_fields
 from training.ema import Ema
 from training.guard import Guard
-from training.optimizers import AdamW, Optimizer
+from training.optimizers import Optimizer
 
 Whole = Annotated[int, Range(1, 1 << 40)]
 
@@ -114,7 +114,7 @@ class Run:
     length: Whole = 128
     accumulate: Whole = 1
     stages: Sequence[Stage] = ()
-    optimizer: Optimizer = field(default_factory=lambda: AdamW(learning_rate=1e-3))
+    optimizer: Optimizer
     rules: Rules | None = None
     seed: Annotated[int, Range(0, (1 << 32) - 1)] = 0
     clip: Annotated[float, Range(0, 1e30)] | None = 1.0
