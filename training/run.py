@@ -30,8 +30,16 @@ class Data(Protocol):
 class Evaluator(Protocol):
     """Judges a run's models; `evaluation` has them, and a config hands them over."""
 
-    def __call__(self, models: Any, *, tokenizer: Any, placement: Any, step: int) -> Mapping[str, float]:
-        """Figures by name."""
+    def open(
+        self, *, models: Any, placement: Any, tokenizer: Any
+    ) -> Callable[[Mapping[str, Any]], Mapping[str, float]]:
+        """Readies it for a run: a function from the leaves under `params`, `frozen` and `buffers` to figures by name.
+
+        Args:
+          models: `Trees.models`, the modules around such leaves; called inside jit.
+          placement: the run's mesh and rules.
+          tokenizer: of the run's data.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +123,7 @@ class Run:
     average: Ema | None = None
     init_from: str | None = None
     freeze: Sequence[str] = ()
-    evaluators: Sequence[Any] = ()
+    evaluators: Sequence[Evaluator] = ()
     controllers: Sequence[Controller] = ()
     checkpoint_every: Whole = 1000
     evaluate_every: Whole = 1000
@@ -166,3 +174,50 @@ class Run:
         from training.loop import train
 
         return train(self, Path(out), operative=operative, debug=debug)
+
+    def describe(self) -> None:
+        """Prints what the run would be, and trains nothing; see `training.description`."""
+        from training.description import described
+        from training.screen import say
+
+        for line in described(self.plan()):
+            say(line)
+
+    def prepare(self, *, overwrite: bool = False, report: Callable[[str], None] = lambda line: None) -> list[str]:
+        """Prepares all that the run reads: its data, its stages' and its evaluators'.
+
+        Args:
+          overwrite: replace caches that were made otherwise.
+          report: takes one line about each thing done.
+
+        Returns:
+          The caches' folders, each once.
+        """
+        found: dict[str, None] = {}
+        for reads in (self.data, *(stage.data for stage in self.stages), *self.evaluators):
+            if not hasattr(reads, "prepare"):
+                continue
+            told: list[str] = []
+            folders = reads.prepare(overwrite=overwrite, report=told.append)
+            folders = [folders] if isinstance(folders, str) else folders
+            # Several splits of one task lie in one cache: it is spoken of once.
+            for line in told:
+                if not any(line.startswith(f"{folder}:") for folder in found):
+                    report(line)
+            found |= dict.fromkeys(folders)
+        return list(found)
+
+    def restore(self, out: str | Path) -> tuple[Trunk, Any]:
+        """The trunk of the newest complete checkpoint in a run's folder (averaged where the run averages), and the tokenizer."""
+        from training.judging import restore
+
+        return restore(self, Path(out))
+
+    def evaluate(self, out: str | Path) -> dict[str, float]:
+        """Runs the evaluators on the newest complete checkpoint in a run's folder, prints and returns their figures."""
+        from training.judging import evaluate
+        from training.programs import keep_programs
+        from training.screen import say
+
+        keep_programs()
+        return evaluate(self.plan(), Path(out), say)
