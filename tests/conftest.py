@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What a test compiles is not kept for the user's own runs, nor for the processes that tests start.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 # Tests compile much and run little: leave LLVM's optimisations out.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
