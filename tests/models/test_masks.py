@@ -235,12 +235,12 @@ def test_documents_of_a_row_do_not_move_each_other(form, backend):
     run = jax.jit(lambda tokens: call(graph, state, tokens=tokens))
     before = np.asarray(run(jnp.asarray(tokens)))
     for document in (1, 2, 0):
-        changed = np.where(SEGMENTS == document, draw.integers(6, 37, (ROWS, S)), tokens)
+        changed = np.where(document == SEGMENTS, draw.integers(6, 37, (ROWS, S)), tokens)
         after = np.asarray(run(jnp.asarray(changed)))
-        others = (SEGMENTS != document) & (SEGMENTS > 0)
+        others = (document != SEGMENTS) & (SEGMENTS > 0)
         np.testing.assert_allclose(after[:, others], before[:, others], rtol=0, atol=1e-13)
         if document:
-            assert np.abs(after - before)[:, SEGMENTS == document].max() > 1e-3
+            assert np.abs(after - before)[:, document == SEGMENTS].max() > 1e-3
 
 
 # Masks that a decoder may have; a prefix is read in one call.
@@ -265,12 +265,10 @@ def decoder(form="attention", pattern="patterned"):
 
     def cached(tokens):
         model = nnx.merge(graph, state)
-        part = (
-            lambda start, stop: {  # noqa: E731
-                "tokens": tokens[:, start:stop],
-                **{name: value[:, start:stop] for name, value in where.items()},
-            }
-        )
+        part = lambda start, stop: {
+            "tokens": tokens[:, start:stop],
+            **{name: value[:, start:stop] for name, value in where.items()},
+        }
         out = model(**part(0, 3), mask=DECODING, cache=model.empty_cache(rows, S))
         hidden, cache = [out.hidden], out.cache
         for t in range(3, S):
