@@ -265,10 +265,10 @@ def decoder(form="attention", pattern="patterned"):
 
     def cached(tokens):
         model = nnx.merge(graph, state)
-        part = lambda start, stop: {
-            "tokens": tokens[:, start:stop],
-            **{name: value[:, start:stop] for name, value in where.items()},
-        }
+
+        def part(start, stop):
+            return {name: value[:, start:stop] for name, value in ({"tokens": tokens} | where).items()}
+
         out = model(**part(0, 3), mask=DECODING, cache=model.empty_cache(rows, S))
         hidden, cache = [out.hidden], out.cache
         for t in range(3, S):
