@@ -49,7 +49,7 @@ def prepare(
         if folder is not None:
             raise UserError("--folder goes with tasks by name: a configuration says itself where its data is kept")
         # What will be built may need the very data that is to be prepared, so nothing is built abstractly here.
-        typer.echo(_resolve(what, allow_import, exercise=False).value.data.prepare(overwrite=overwrite))
+        _resolve(what, allow_import, exercise=False).value.prepare(overwrite=overwrite, report=typer.echo)
         return
     import data
 

@@ -15,7 +15,9 @@ from partitioning import UserError, constrain
 
 
 class Experts(nnx.Module):
-    """sum_e g_e(x) (act(x W_e) * (x V_e)) U_e over the top k experts of softmax(x R), none dropped.
+    """Sends each token to its k likeliest experts and drops none.
+
+    y = sum_e g_e(x) (act(x W_e) * (x V_e)) U_e over the top k experts of g = softmax(x R).
 
     Side terms, over the tokens that are not padding:
       balance: E sum_e f_e P_e, f_e the fraction of the k choices that went to e, P_e the mean probability; 1 when even.

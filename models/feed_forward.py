@@ -24,7 +24,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class FeedForward(nnx.Module):
-    """act(x W_in) W_out; gated: (act(x W_in) * (x W_gate)) W_out.
+    """Two matrices with an activation between them, or three with a gate.
+
+    y = act(x W_in) W_out;  gated: y = (act(x W_in) * (x W_gate)) W_out.
 
     Args:
       width: D.

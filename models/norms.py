@@ -8,7 +8,9 @@ from models.variables import param
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) / sqrt(var + eps) * scale + bias, statistics in float32.
+    """Centres and scales the features of each token, statistics in float32.
+
+    y = (x - mean) / sqrt(var + eps) * scale + bias.
 
     Args:
       width: D.
@@ -34,7 +36,9 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, statistics in float32.
+    """Scales the features of each token by their root mean square, statistics in float32.
+
+    y = x / sqrt(mean(x^2) + eps) * scale.
 
     Args:
       width: D.

@@ -52,6 +52,14 @@ def axes_of(module: nnx.Module, kind: type[nnx.Variable]) -> Axes:
     return found
 
 
+def replace_values(module: nnx.Module, values: Mapping[str, jax.Array]) -> None:
+    """Sets parameters by path; those that are not named keep what they have."""
+    for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        name = "/".join(map(str, path))
+        if name in values:
+            leaf.set_value(values[name].astype(leaf.get_value().dtype))
+
+
 def rebuild(graph: nnx.GraphDef, abstract: nnx.State, values: Mapping[str, jax.Array]) -> nnx.Module:
     """A module from its graph definition and flat arrays; the leaves' kinds and names come from `abstract`."""
     flat = [(path, leaf.replace(values["/".join(map(str, path))])) for path, leaf in nnx.to_flat_state(abstract)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import jax
@@ -16,10 +17,9 @@ from models.heads import Scores, TiedHead
 from models.initializers import normal
 from models.trunk import Output, Trunk
 from models.variables import param
-from objectives.base import Companion, Loss, Objective, Term, metric
+from objectives.base import Companion, Loss, Term, metric
+from objectives.masked_lm import Masking
 from objectives.replace import Replace
-from objectives.select import RandomTokens, Select
-from objectives.token_loss import TokenLoss
 from partitioning.ranges import Range, check_fields
 
 
@@ -36,7 +36,7 @@ class Generator(nnx.Module):
         """The inner trunk's output, its states projected to the width of the embeddings."""
         cast = lambda p: p.get_value().astype(embeddings.dtype)  # noqa: E731
         out = self.inner(embeddings=embeddings @ cast(self.down), **call)
-        return replace(out, hidden=out.hidden @ cast(self.up))
+        return dataclasses.replace(out, hidden=out.hidden @ cast(self.up))
 
     def scores(self, hidden: Float[Array, "B K D"], table: Float[Array, "V D"]) -> Scores:
         """Scores against the trunk's embeddings."""
@@ -57,14 +57,14 @@ class Discriminator(nnx.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Electra(Objective):
+class Electra(Masking):
     """A small generator fills masks with samples; the trunk tells which tokens are not the original.
 
     loss = L_mlm(generator) + weight * mean_t BCE(D(x~)_t, [x~_t != x_t]),  x~ sampled from the generator.
 
     Args:
       generator: makes the generator's trunk; called with (vocabulary, embeddings=False, rngs).
-      select, corrupt, penalty: the generator's masked language modelling.
+      select, replace, penalty: the generator's masked language modelling.
       weight: of the detection term.
 
     Source: "ELECTRA", Clark et al., 2020.
@@ -72,18 +72,11 @@ class Electra(Objective):
     """
 
     generator: Callable[..., Trunk]
-    select: Select = field(default_factory=RandomTokens)
-    corrupt: Replace = field(default_factory=lambda: Replace(mask=0.85, random=0.0))
-    penalty: TokenLoss = field(default_factory=TokenLoss)
+    replace: Replace = field(default_factory=lambda: Replace(mask=0.85, random=0.0))
     weight: Annotated[float, Range(0, 1e6)] = 50.0
 
     def __post_init__(self):
         check_fields(self)
-
-    def check(self, *, steps, batch):
-        """See `Objective.check`."""
-        super().check(steps=steps, batch=batch)
-        self.select.check(steps)
 
     def companions(self, trunk, rngs):
         """The generator and the discriminator's head."""
@@ -96,8 +89,7 @@ class Electra(Objective):
         """See `Objective.__call__`."""
         tokens, trunk = batch["tokens"], models.trunk
         place = {"segments": batch["segments"], "positions": batch["positions"]}
-        hide = self.select(batch, trunk.vocabulary, step=step, key=key)
-        seen = self.corrupt(tokens, hide, trunk.vocabulary, key=key)
+        hide, seen = self.hide(batch, trunk, step=step, key=key)
         guess = models.generator(trunk.embed(seen, batch["positions"]), keys=key("generator/dropout"), **place)
         scores = models.generator.scores(hide.gather(guess.hidden), trunk.table.get_value())
         mlm, accuracy = self.penalty(scores, hide.gather(tokens), hide.weight)

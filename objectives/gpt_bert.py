@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import jax.numpy as jnp
 
 from models.masks import Bidirectional, ByRow, Causal
-from objectives.base import Loss, Objective
-from objectives.replace import Replace
-from objectives.select import RandomTokens, Select, Selection
-from objectives.token_loss import TokenLoss, shifted
+from objectives.base import Loss
+from objectives.masked_lm import Masking
+from objectives.select import Selection
+from objectives.token_loss import shifted
 from partitioning.ranges import Range, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTBert(Objective):
+class GPTBert(Masking):
     """Some rows are causal, the others masked; in both, the state before a token predicts it.
 
     loss = ratio * L_masked + (1 - ratio) * L_causal, each a mean over its own targets; the share of masked rows is
@@ -24,33 +24,25 @@ class GPTBert(Objective):
 
     Args:
       ratio: share of masked rows, and the weight of their term.
-      select, replace, penalty: as in `MaskedLM`.
+      select, replace, penalty: as in `Masking`.
 
     Source: "GPT or BERT: why not both?", Charpentier and Samuel, 2024.
     Differs: rows, not devices, are divided between the modes.
     """
 
     ratio: Annotated[float, Range(0, 1)] = 15 / 16
-    select: Select = field(default_factory=RandomTokens)
-    replace: Replace = field(default_factory=Replace)
-    penalty: TokenLoss = field(default_factory=TokenLoss)
 
     def __post_init__(self):
         check_fields(self)
-
-    def check(self, *, steps, batch):
-        """See `Objective.check`."""
-        super().check(steps=steps, batch=batch)
-        self.select.check(steps)
 
     def __call__(self, models, batch, *, step, key):
         """See `Objective.__call__`."""
         tokens, trunk = batch["tokens"], models.trunk
         masked = jnp.floor((batch["row"] + 1) * self.ratio) > jnp.floor(batch["row"] * self.ratio)
-        hide = self.select(batch, trunk.vocabulary, step=step, key=key)
+        hide, corrupted = self.hide(batch, trunk, step=step, key=key)
         # The first token of a document has no state before it to be predicted from.
         counted = (hide.gather(batch["positions"]) > 0) & masked[:, None]
-        seen = jnp.where(masked[:, None], self.replace(tokens, hide, trunk.vocabulary, key=key), tokens)
+        seen = jnp.where(masked[:, None], corrupted, tokens)
         out = trunk(
             seen,
             segments=batch["segments"],

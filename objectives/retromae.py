@@ -14,10 +14,9 @@ from models.initializers import normal
 from models.masks import Bidirectional, Matrix
 from models.trunk import Trunk
 from models.variables import param
-from objectives.base import Companion, Loss, Objective
-from objectives.replace import Replace
+from objectives.base import Companion, Loss
+from objectives.masked_lm import Masking
 from objectives.select import RandomTokens, Select
-from objectives.token_loss import TokenLoss
 from partitioning import UserError
 from partitioning.ranges import Range, check_fields
 
@@ -37,17 +36,17 @@ class Bottleneck(nnx.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetroMAE(Objective):
+class RetroMAE(Masking):
     """The encoder fills few masks; a decoder rebuilds the whole text from the first token's state and a random few tokens.
 
     loss = L_mlm(encoder) + mean_t -log p_dec(x_t | h_first, x_visible(t)).  visible(t): the first place always, t never,
-    each other token of the document with probability 1 - hide.
+    each other token of the document with probability 1 - unseen.
 
     Args:
       decoder: makes the decoder's trunk; called with (vocabulary, width, embeddings=False, rngs). Its mixer must not
         rotate.
       longest: places the decoder knows; a row may not be longer.
-      hide: probability that a token is hidden from a query.
+      unseen: probability that a token is hidden from a query of the decoder.
       select, replace, penalty: the encoder's masked language modelling.
 
     Source: "RetroMAE", Xiao et al., 2022.
@@ -56,10 +55,8 @@ class RetroMAE(Objective):
 
     decoder: Callable[..., Trunk]
     longest: Annotated[int, Range(1, 1 << 20)] = 512
-    hide: Annotated[float, Range(0, 1)] = 0.5
+    unseen: Annotated[float, Range(0, 1)] = 0.5
     select: Select = field(default_factory=lambda: RandomTokens(rate=0.3))
-    replace: Replace = field(default_factory=Replace)
-    penalty: TokenLoss = field(default_factory=TokenLoss)
 
     def __post_init__(self):
         check_fields(self)
@@ -67,7 +64,6 @@ class RetroMAE(Objective):
     def check(self, *, steps, batch):
         """See `Objective.check`."""
         super().check(steps=steps, batch=batch)
-        self.select.check(steps)
         length = batch["tokens"][0][1]
         if length > self.longest:
             raise UserError(f"RetroMAE.longest = {self.longest}: rows have {length} tokens; set it to at least that")
@@ -80,15 +76,14 @@ class RetroMAE(Objective):
         """See `Objective.__call__`."""
         tokens, segments, positions = (batch[name] for name in ("tokens", "segments", "positions"))
         trunk, length = models.trunk, batch["tokens"].shape[1]
-        picked = self.select(batch, trunk.vocabulary, step=step, key=key)
-        seen = self.replace(tokens, picked, trunk.vocabulary, key=key)
+        picked, seen = self.hide(batch, trunk, step=step, key=key)
         out = trunk(seen, segments=segments, positions=positions, mask=Bidirectional(), keys=key("dropout"))
         mlm, accuracy = self.penalty(trunk.scores(picked.gather(out.hidden)), picked.gather(tokens), picked.weight)
 
         start = jnp.arange(length) - positions
         state = jnp.take_along_axis(out.hidden, jnp.maximum(start, 0)[..., None], axis=1)
         draw = jax.vmap(lambda k: jax.random.uniform(k, (length, length)))(key("visible"))
-        visible = ((draw >= self.hide) & ~jnp.eye(length, dtype=bool)) | (positions == 0)[:, None, :]
+        visible = ((draw >= self.unseen) & ~jnp.eye(length, dtype=bool)) | (positions == 0)[:, None, :]
         rebuilt = models.decoder(
             state,
             trunk.embed(tokens, positions),

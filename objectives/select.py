@@ -14,7 +14,7 @@ from models.vocabulary import Vocabulary
 from objectives.base import Schedule, at
 from objectives.draws import Draws
 from partitioning import UserError
-from partitioning.ranges import Range
+from partitioning.ranges import Range, check_fields
 
 
 class Selection(NamedTuple):
@@ -74,6 +74,9 @@ class RandomTokens(Select):
 
     rate: Annotated[float, Range(0, 1)] | Schedule = 0.15
     most: Annotated[float, Range(0, 1)] | None = None
+
+    def __post_init__(self):
+        check_fields(self)
 
     def check(self, steps: int) -> None:
         """Checks the schedule at every step."""

@@ -159,6 +159,7 @@ CASES: dict[str, Case] = {
     "list_net": Case(ListNet(), list_batch),
     "dpo": Case(DPO(beta=2.0), preference_batch),
     "experts": Case(CausalLM(), model=EXPERTS),
+    "emo": Case(EMO()),
     "grpo": Case(GRPO(reward=even_tokens, samples=2, length=5), prompt_batch),
     "weighted": Case(Weighted(parts={"clm": CausalLM(), "mlm": MaskedLM()}, weights={"mlm": lambda step: 0.5 + step})),
     "phases": Case(
@@ -171,7 +172,7 @@ def build(case: Case) -> Callable[[jax.Array], dict[str, Any]]:
     """What a plan's `build` would be for a case."""
     from objectives import Companion
 
-    def make(key: jax.Array) -> dict[str, Companion]:
+    def make(key: jax.Array, given: Any) -> dict[str, Companion]:
         trunk = case.model(VOCABULARY, rngs=nnx.Rngs(key))
         return {"trunk": Companion(trunk), **case.objective.companions(trunk, nnx.Rngs(jax.random.fold_in(key, 1)))}
 

@@ -183,10 +183,14 @@ def mfu(count: FlopCount, seconds: float, *, devices: int, peak: Peak) -> Mfu:
       peak: of one of them.
     """
     value = count.flops / (seconds * devices * peak.flops)
+    return Mfu(value, mfu_formula(count, f"{seconds:.4g}", devices=devices, peak=peak))
+
+
+def mfu_formula(count: FlopCount, seconds: str, *, devices: int, peak: Peak) -> str:
+    """The formula of `mfu` with its numbers; `seconds` may be a word where the time is not known yet."""
     bound = f" (at least: loops of unknown length in {', '.join(count.unbounded)})" if count.unbounded else ""
-    formula = (
-        f"MFU = model FLOPs / (seconds x devices x peak) = {count.flops:.4g}{bound} / ({seconds:.4g} x {devices} x "
+    return (
+        f"MFU = model FLOPs / (seconds x devices x peak) = {count.flops:.4g}{bound} / ({seconds} x {devices} x "
         f"{peak.flops:.4g}); model FLOPs: matrix products, 3 x forward, causal attention by half, recomputation not "
         f"counted; peak: {peak.source}"
     )
-    return Mfu(value, formula)

@@ -16,9 +16,11 @@ from data.prefetch import Prefetch
 from objectives.draws import draws
 from partitioning import UserError
 from training.control import ControlLog
-from training.flops import FlopCount, forward_flops, training_flops
+from training.flops import FlopCount, forward_flops, mfu, mfu_formula, peak_flops, training_flops
+from training.judging import judged, lines, open_judges, values_of
 from training.metrics import MetricWriter
 from training.plan import Plan, PlannedStage
+from training.programs import keep_programs
 from training.progress import Progress
 from training.run import Run
 from training.state import State
@@ -43,6 +45,7 @@ def train(run: Run, out: Path, *, operative: str = "", debug: bool = False) -> d
       UserError: what the plan refuses; a folder that holds another run; too many bad steps in a row.
     """
     # 1. The plan: every check that needs no device memory.
+    keep_programs()
     plan = run.plan()
     store = Store(plan, str(out / "checkpoints"))
 
@@ -90,16 +93,16 @@ class Loop:
     figures: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
-        plan = self.plan
-        self.judges = [
-            judge.open(models=plan.trees.models, placement=plan.placement, tokenizer=plan.tokenizer)
-            for judge in plan.run.evaluators
-        ]
+        self.judges = open_judges(self.plan)
+        self.devices, self.peak = self.plan.placement.mesh.size, peak_flops(self.plan.placement.mesh.devices.flat[0])
 
     def stage(self, stage: PlannedStage, program: Any, state: State) -> State:
         """Takes the stage's steps that are left."""
         run = self.plan.run
         begin = max(stage.first, int(state.step))
+        flops = step_flops(self.plan, stage)
+        self.progress.say(mfu_formula(flops, "seconds of a step", devices=self.devices, peak=self.peak))
+        self.progress.measure(lambda seconds: mfu(flops, seconds, devices=self.devices, peak=self.peak).value)
         before: tuple[int, int, Any] | None = None
         with Prefetch(lambda step: self._batch(stage, step), first=begin, last=stage.last, depth=DEPTH) as batches:
             for step in range(begin, stage.last):
@@ -159,16 +162,12 @@ class Loop:
         self.progress.update(done, loss=self.figures["loss"], tokens=tokens * jax.process_count())
 
     def evaluate(self, done: int, state: State) -> None:
-        """Runs the evaluators on the averaged parameters where there are any."""
-        params = state.params
-        if state.average is not None and self.plan.run.average is not None:
-            params = self.plan.run.average.read(state.average, state.params)
-        found: dict[str, float] = {}
-        for judge in self.judges:
-            found |= judge({"params": params, "frozen": state.frozen, "buffers": state.buffers})
+        """Runs the evaluators, and puts their figures on file and on screen."""
+        found = judged(self.judges, values_of(self.plan, state))
         self.figures |= found
         self.writer.write(done, {f"evaluation/{name}": value for name, value in found.items()})
-        self.progress.say(f"step {done}: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        for line in lines(found):
+            self.progress.say(f"step {done}: {line}")
 
 
 class Interrupt:
@@ -193,17 +192,23 @@ class Interrupt:
 
 
 def step_flops(plan: Plan, stage: PlannedStage) -> FlopCount:
-    """Model FLOPs of a stage's step: three times the objective's forward pass over the whole batch."""
+    """Model FLOPs of a stage's step: what `prepare` does once, and three times the objective's forward pass."""
     step = stage.step
+
+    def prepare(state: State, batch: Any) -> Any:
+        key = draws(jax.random.key(0), state.step, batch["row"], step.batch_size)
+        models = plan.trees.models(state.params, state.frozen, state.buffers)
+        return step.objective.prepare(models, batch, step=state.step, key=key)
 
     def forward(state: State, batch: Any) -> Any:
         key = draws(jax.random.key(0), state.step, batch["row"], step.batch_size)
         models = plan.trees.models(state.params, state.frozen, state.buffers)
-        prepared = step.objective.prepare(models, batch, step=state.step, key=key)
-        loss = step.objective(models, prepared, step=state.step, key=key)
+        loss = step.objective(models, batch, step=state.step, key=key)
         return [term.total for term in loss.terms.values()]
 
-    return training_flops(forward_flops(forward, plan.state, stage.batch))
+    prepared = jax.eval_shape(prepare, plan.state, stage.batch)
+    once = forward_flops(prepare, plan.state, stage.batch)
+    return once + training_flops(forward_flops(forward, plan.state, prepared))
 
 
 def _compiled(plan: Plan, stage: PlannedStage, say: Callable[[str], None]) -> Any:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
+from checkpoints.store import Checkpoints
+from models.stack import layer_names
+from models.variables import Flat, replace_values
 from models.vocabulary import Vocabulary
 from objectives.base import Companion
 from partitioning import Placement, UserError
 from training.run import Part, Run
-from training.state import State, abstract_state, state_shardings
+from training.state import State, abstract_state, by_group, by_index, state_shardings
 from training.step import Step
 from training.trees import Trees
 
@@ -82,7 +86,7 @@ class Plan:
             if vocabulary_of(reader) != vocabulary:
                 raise UserError("the stages' data have different vocabularies: prepare all of them with one tokenizer")
         with placement.scope():
-            trees = Trees.plan(lambda key: build(run, vocabulary, key))
+            trees = Trees.plan(lambda key, given: build(run, vocabulary, key, given))
         if not trees.of_kind("params"):
             raise UserError("no parameter is trained: every tree is frozen")
         axes = {name: trees.axes[name] for name in trees.of_kind("params")}
@@ -145,9 +149,10 @@ class Plan:
         """
         tx = self.stages[0].step.tx
         run = self.run
+        given = {tree: self._loaded(tree, folder) for tree, folder in self.trees.init_from.items()}
 
-        def make() -> State:
-            values = self.trees.init(jax.random.key(run.seed))
+        def make(given: dict[str, Flat]) -> State:
+            values = self.trees.init(jax.random.key(run.seed), given)
             return State(
                 step=jax.numpy.zeros((), jax.numpy.int32),
                 optimizer=tx.init(values["params"]),
@@ -157,7 +162,24 @@ class Plan:
             )
 
         with self.placement.scope():
-            return jax.jit(make, out_shardings=self.shardings)()
+            return jax.jit(make, out_shardings=self.shardings)(given)
+
+    def _loaded(self, tree: str, folder: str) -> Flat:
+        """The newest trunk of another run, in this tree's grouping and shardings, by path."""
+        names = layer_names(self.trees.shapes)
+        shardings = self.trees.shardings(self.placement)
+        mine = {
+            name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name])
+            for name, shape in self.trees.shapes.items()
+            if name.startswith(f"{tree}/") and self.trees.kinds[name] != "buffers"
+        }
+        there = {f"trunk{name.removeprefix(tree)}": leaf for name, leaf in by_index(mine, names).items()}
+        store = Checkpoints(str(Path(folder) / "checkpoints"))
+        if not store.steps():
+            raise UserError(f"init_from: {folder} has no checkpoints: expected the folder of a run")
+        kept, _ = store.restore_part({"params": there})
+        flat = {f"{tree}{name.removeprefix('trunk')}": value for name, value in kept["params"].items()}
+        return {name.removeprefix(f"{tree}/"): value for name, value in by_group(flat, mine, names).items()}
 
     def compile(self, stage: PlannedStage) -> Any:
         """Compiles a stage's step; the executable takes the state (donated) and a batch, and can never compile again."""
@@ -185,14 +207,21 @@ def vocabulary_of(reader: Any) -> Vocabulary:
     return Vocabulary(size=reader.vocabulary, **{k: int(v) for k, v in vars(reader.specials).items()})
 
 
-def build(run: Run, vocabulary: Vocabulary, key: jax.Array) -> dict[str, Companion]:
+def build(run: Run, vocabulary: Vocabulary, key: jax.Array, given: Mapping[str, Flat]) -> dict[str, Companion]:
     """The trunk and every objective's companions, by tree name.
+
+    Args:
+      run: what says how.
+      vocabulary: of the data.
+      key: of the initial values.
+      given: values by tree and path that replace initial ones. The trunk has its own before companions copy it.
 
     Raises:
       UserError: two objectives want different companions of one name.
     """
     trunk = run.model(vocabulary, rngs=nnx.Rngs(jax.random.fold_in(key, 0)))
-    found = {"trunk": Companion(trunk, init_from=run.init_from)}
+    replace_values(trunk, given.get("trunk", {}))
+    found = {"trunk": Companion(trunk, freeze=tuple(run.freeze), init_from=run.init_from)}
     objectives = []
     for part in run.parts():
         if part.objective not in objectives:
@@ -201,6 +230,7 @@ def build(run: Run, vocabulary: Vocabulary, key: jax.Array) -> dict[str, Compani
         for name, companion in objective.companions(trunk, nnx.Rngs(jax.random.fold_in(key, number))).items():
             if name in found:
                 raise UserError(f"two objectives of this run want a tree named {name!r}: only one may bring it")
+            replace_values(companion.module, given.get(name, {}))
             found[name] = companion
     return found
 

@@ -132,6 +132,10 @@ class Progress:
         """Prints a line, above the bar where there is one."""
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    def measure(self, step_mfu: Callable[[float], float]) -> None:
+        """From now on shows MFU by this function of a step's seconds: every stage has its own FLOPs."""
+        self._step_mfu = step_mfu
+
     def close(self) -> None:
         """Leaves the bar as it stands."""
         if self._bar is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -30,8 +30,16 @@ class Data(Protocol):
 class Evaluator(Protocol):
     """Judges a run's models; `evaluation` has them, and a config hands them over."""
 
-    def __call__(self, models: Any, *, tokenizer: Any, placement: Any, step: int) -> Mapping[str, float]:
-        """Figures by name."""
+    def open(
+        self, *, models: Any, placement: Any, tokenizer: Any
+    ) -> Callable[[Mapping[str, Any]], Mapping[str, float]]:
+        """Readies it for a run: a function from the leaves under `params`, `frozen` and `buffers` to figures by name.
+
+        Args:
+          models: `Trees.models`, the modules around such leaves; called inside jit.
+          placement: the run's mesh and rules.
+          tokenizer: of the run's data.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +94,10 @@ class Run:
       rules: where parameters and activations live; data parallel by default.
       seed: of the initial weights, the order of the data and every draw.
       clip: largest global norm of a gradient; None for no limit.
-      guard: skips bad steps; None for none.
+      guard: skips bad steps and ends a run of them; None trains on through NaN.
       average: exponential moving average of the parameters; None for none. Evaluation uses it where there is one.
       init_from: a run's folder whose newest trunk is the initial trunk.
+      freeze: regular expressions over the trunk's parameter paths; those that match are not trained.
       evaluators: called every `evaluate_every` steps and at the end.
       controllers: called every so many steps with reduced statistics.
       checkpoint_every, evaluate_every, log_every: in steps; a checkpoint is always written at the end.
@@ -110,10 +119,11 @@ class Run:
     rules: Rules | None = None
     seed: Annotated[int, Range(0, (1 << 32) - 1)] = 0
     clip: Annotated[float, Range(0, 1e30)] | None = 1.0
-    guard: Guard | None = None
+    guard: Guard | None = field(default_factory=Guard)
     average: Ema | None = None
     init_from: str | None = None
-    evaluators: Sequence[Any] = ()
+    freeze: Sequence[str] = ()
+    evaluators: Sequence[Evaluator] = ()
     controllers: Sequence[Controller] = ()
     checkpoint_every: Whole = 1000
     evaluate_every: Whole = 1000
@@ -164,3 +174,50 @@ class Run:
         from training.loop import train
 
         return train(self, Path(out), operative=operative, debug=debug)
+
+    def describe(self) -> None:
+        """Prints what the run would be, and trains nothing; see `training.description`."""
+        from training.description import described
+        from training.screen import say
+
+        for line in described(self.plan()):
+            say(line)
+
+    def prepare(self, *, overwrite: bool = False, report: Callable[[str], None] = lambda line: None) -> list[str]:
+        """Prepares all that the run reads: its data, its stages' and its evaluators'.
+
+        Args:
+          overwrite: replace caches that were made otherwise.
+          report: takes one line about each thing done.
+
+        Returns:
+          The caches' folders, each once.
+        """
+        found: dict[str, None] = {}
+        for reads in (self.data, *(stage.data for stage in self.stages), *self.evaluators):
+            if not hasattr(reads, "prepare"):
+                continue
+            told: list[str] = []
+            folders = reads.prepare(overwrite=overwrite, report=told.append)
+            folders = [folders] if isinstance(folders, str) else folders
+            # Several splits of one task lie in one cache: it is spoken of once.
+            for line in told:
+                if not any(line.startswith(f"{folder}:") for folder in found):
+                    report(line)
+            found |= dict.fromkeys(folders)
+        return list(found)
+
+    def restore(self, out: str | Path) -> tuple[Trunk, Any]:
+        """The trunk of the newest complete checkpoint in a run's folder (averaged where the run averages), and the tokenizer."""
+        from training.judging import restore
+
+        return restore(self, Path(out))
+
+    def evaluate(self, out: str | Path) -> dict[str, float]:
+        """Runs the evaluators on the newest complete checkpoint in a run's folder, prints and returns their figures."""
+        from training.judging import evaluate
+        from training.programs import keep_programs
+        from training.screen import say
+
+        keep_programs()
+        return evaluate(self.plan(), Path(out), say)

@@ -58,12 +58,45 @@ class Store:
         """The newest complete checkpoint's state, on the plan's mesh, and its control log."""
         target = self.plan.targets()
         kept, saved = self.checkpoints.restore(by_index(target.kept(), self.names))
+        self._check(saved)
+        self.frozen = saved["frozen"]
+        frozen = self._frozen(target)
+        shardings = self.plan.shardings
+        group = jax.jit(
+            lambda tree: State(**by_group(tree, {**target.kept(), "frozen": target.frozen}, self.names)),
+            out_shardings=shardings,
+        )
+        return group({**kept, "frozen": frozen}), saved["control"]
+
+    def values(self) -> tuple[int, dict[str, Any]]:
+        """The newest complete checkpoint's step, and its leaves without the optimizer's.
+
+        Returns:
+          The step, and leaves by name under `params` (the averaged ones where the run averages), `frozen` and `buffers`,
+          on the plan's mesh.
+        """
+        target, average = self.plan.targets(), self.plan.run.average
+        asked = {"step": target.step, "buffers": target.buffers}
+        asked |= {"params": target.params} if average is None else {"average": target.average}
+        kept, saved = self.checkpoints.restore_part(by_index(asked, self.names))
+        self._check(saved)
+        self.frozen = saved["frozen"]
+        kept |= {"frozen": self._frozen(target)}
+        grouped = by_group(kept, {**asked, "frozen": target.frozen}, self.names)
+        if average is not None:
+            grouped["params"] = average.read(grouped.pop("average"), target.params)
+        shardings = {kind: getattr(self.plan.shardings, kind) for kind in ("params", "frozen", "buffers")}
+        return int(grouped["step"]), jax.device_put({kind: grouped[kind] for kind in shardings}, shardings)
+
+    def _check(self, saved: Mapping[str, Any]) -> None:
         if saved["data"] != self.identity:
             raise UserError(
                 f"{self.checkpoints.folder}: trained on other data than this config reads "
                 f"({_difference(saved['data'], self.identity)}): use another --out"
             )
-        self.frozen = saved["frozen"]
+
+    def _frozen(self, target: State) -> dict[str, Any]:
+        """The frozen leaves, by index."""
         frozen: dict[str, Any] = {}
         for tree, flat in self.trees(target.frozen).items():
             if tree not in self.frozen:
@@ -71,12 +104,7 @@ class Store:
                     f"{self.checkpoints.folder}: has no frozen tree {tree!r}: it is a run with another objective"
                 )
             frozen |= self.checkpoints.load_frozen(self.frozen[tree], by_index(flat, self.names))
-        shardings = self.plan.shardings
-        group = jax.jit(
-            lambda tree: State(**by_group(tree, {**target.kept(), "frozen": target.frozen}, self.names)),
-            out_shardings=shardings,
-        )
-        return group({**kept, "frozen": frozen}), saved["control"]
+        return frozen
 
 
 def _difference(old: Any, new: Any, where: str = "data") -> str:

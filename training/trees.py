@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from models.variables import Axes, Buffer, Flat, axes_of, flatten, rebuild
 from objectives.base import Companion, Models
 from partitioning import Placement, UserError
 
-Build = Callable[[jax.Array], dict[str, Companion]]
+Build = Callable[[jax.Array, Mapping[str, Flat]], dict[str, Companion]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,7 @@ class Trees:
     Names are `<tree>/<path>`. The abstract build is the one source of shapes, names, shardings and restore targets.
 
     Args:
-      build: makes every tree from a key; pure, and run under jit.
+      build: makes every tree from a key and given values by tree and path; pure, and run under jit.
       graphs, abstract: graph definition and abstract state by tree.
       kinds: 'params', 'frozen' or 'buffers' by leaf name.
       axes: logical names by leaf name.
@@ -49,7 +50,7 @@ class Trees:
         companions: dict[str, Companion] = {}
 
         def abstract() -> dict[str, nnx.Module]:
-            companions.update(build(jax.random.key(0)))
+            companions.update(build(jax.random.key(0), {}))
             return {name: companion.module for name, companion in companions.items()}
 
         # Each tree is traced on its own: a joint split would give a shared variable to the first by name.
@@ -74,10 +75,10 @@ class Trees:
                 )
         return cls(build, graphs, states, kinds, axes, shapes, sources)
 
-    def init(self, key: jax.Array) -> dict[str, Flat]:
+    def init(self, key: jax.Array, given: Mapping[str, Flat] = MappingProxyType({})) -> dict[str, Flat]:
         """The initial arrays by kind; meant for jit."""
         out: dict[str, Flat] = {"params": {}, "frozen": {}, "buffers": {}}
-        for tree, companion in self.build(key).items():
+        for tree, companion in self.build(key, given).items():
             for kind in (nnx.Param, Buffer):
                 for path, value in flatten(companion.module, kind).items():
                     out[self.kinds[f"{tree}/{path}"]][f"{tree}/{path}"] = value

@@ -1,0 +1,89 @@
+"""The runs that are measured: a BERT-like encoder on random tokens, through the same plan, step and placement as any run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from typing import Any
+
+import numpy as np
+
+from data.tokenizers import Specials
+from models import Attention, FeedForward, LayerNorm, LearnedPositions, TiedHead, Trunk
+from objectives import MaskedLM, RandomTokens
+from training import Run
+from training.optimizers import AdamW
+
+SPECIALS = Specials(pad=0, bos=1, eos=2, mask=3, cls=4, sep=5)
+
+
+@dataclass(frozen=True)
+class RandomText:
+    """A reader of uniformly random full rows.
+
+    Args:
+      vocabulary: size.
+    """
+
+    vocabulary: int
+    specials: Specials = SPECIALS
+    tokenizer: Any = None
+
+    def open(self) -> RandomText:
+        """Itself."""
+        return self
+
+    def spec(self, *, batch_size: int, length: int) -> dict[str, Any]:
+        """See `data.reader.Reader`."""
+        text = ((batch_size, length), np.dtype(np.int32))
+        return {"tokens": text, "segments": text, "positions": text, "row": ((batch_size,), np.dtype(np.int32))}
+
+    def batch(self, step: int, *, batch_size: int, length: int, **_: Any) -> dict[str, np.ndarray]:
+        """See `data.reader.Reader`."""
+        shape, draw = (batch_size, length), np.random.default_rng(step)
+        return {
+            "tokens": draw.integers(6, self.vocabulary, shape, dtype=np.int32),
+            "segments": np.ones(shape, np.int32),
+            "positions": np.ascontiguousarray(np.broadcast_to(np.arange(length, dtype=np.int32), shape)),
+            "row": np.arange(batch_size, dtype=np.int32) + step * batch_size,
+        }
+
+
+def bert(
+    *,
+    layers: int = 4,
+    width: int = 256,
+    heads: int = 4,
+    vocabulary: int = 8192,
+    length: int = 128,
+    batch_size: int = 32,
+    unroll: int = 1,
+    weight_decay: float = 0.01,
+    clip: float | None = 1.0,
+) -> Run:
+    """BERT's layout: post-norm, LayerNorm, exact GELU, biases, learned positions, a transform before the tied head."""
+    model = partial(
+        Trunk,
+        width=width,
+        layers=layers,
+        mixer=partial(Attention, heads=heads, theta=None, bias=True),
+        feed_forward=partial(FeedForward, activation="gelu", bias=True),
+        norm=LayerNorm,
+        placement="post",
+        positions=partial(LearnedPositions, longest=length),
+        embedding_norm=True,
+        final_norm=False,
+        head=partial(TiedHead, transform=True, bias=True),
+        unroll=unroll,
+    )
+    return Run(
+        model=model,
+        data=RandomText(vocabulary),
+        objective=MaskedLM(select=RandomTokens(rate=0.15)),
+        steps=1000,
+        batch_size=batch_size,
+        length=length,
+        optimizer=AdamW(learning_rate=1e-4, weight_decay=weight_decay),
+        clip=clip,
+    )

@@ -1,0 +1,177 @@
+"""Held-out text read exactly once, in batches of a fixed shape, on any mesh."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from data.mixing import Mixture
+from data.reader import Reading
+from partitioning import Placement, UserError
+
+Arrays = dict[str, dict[str, jax.Array]]
+Build = Callable[..., Any]
+Judge = Callable[[Arrays], dict[str, float]]
+
+
+class Evaluator(Protocol):
+    """What a config hands to a run."""
+
+    def open(self, *, models: Build, placement: Placement, tokenizer: Any) -> Judge:
+        """Readies the evaluator for one run: reads what it needs and compiles at its first call.
+
+        Args:
+          models: the run's modules around (params, frozen, buffers); called inside jit.
+          placement: the run's mesh and rules.
+          tokenizer: of the run's data.
+
+        Returns:
+          A function from `{"params", "frozen", "buffers"}` to figures by name.
+        """
+
+
+def sources(data: Any) -> list[Any]:
+    """The single sources of a data description, each to be read once and in the cache's order.
+
+    Raises:
+      UserError: it is neither a `Reading` (`data.Cached`, `data.Records`) nor a mixture of such.
+    """
+    parts: list[Any] = list(data.sources.values()) if isinstance(data, Mixture) else [data]
+    for part in parts:
+        if not isinstance(part, Reading):
+            raise UserError(
+                f"{type(part).__name__} cannot be read once: an evaluator wants data.Cached or data.Records"
+            )
+    return [replace(part, epochs=1, shuffle=False) for part in parts]
+
+
+def prepare(data: Any, *, overwrite: bool, report: Callable[[str], None]) -> list[str]:
+    """Prepares the caches of a data description, where it has any; returns their folders."""
+    if data is None or not hasattr(data, "prepare"):
+        return []
+    found = data.prepare(overwrite=overwrite, report=report)
+    return [found] if isinstance(found, str) else list(found)
+
+
+def opened(data: Any, tokenizer: Any) -> list[Any]:
+    """Readers over the sources.
+
+    Raises:
+      UserError: one was tokenised otherwise than the run's data.
+    """
+    readers = [source.open() for source in sources(data)]
+    for reader in readers:
+        if reader.tokenizer.identity != tokenizer.identity:
+            raise UserError(
+                f"an evaluator's data {reader.identity()['task']!r} was tokenised with {reader.tokenizer.identity[:12]}, "
+                f"the run's with {tokenizer.identity[:12]}: prepare both with one tokenizer"
+            )
+    return readers
+
+
+def divisible(batch_size: int, placement: Placement) -> int:
+    """The batch size, rounded up so that it divides over the mesh: figures do not depend on it."""
+    ways = math.prod(placement.mesh.shape[axis] for axis in placement.rules.activations["batch"])
+    return -(-batch_size // ways) * ways
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Every row of some readers, once.
+
+    Args:
+      readers: with `epochs=1`, so that rows past the end are padding.
+      batch_size: rows in a batch, all devices together.
+      length: tokens in a row.
+      most_rows: rows of each reader at most; None for all. The first rows of a cache are a random sample of it.
+      placement: where batches go.
+    """
+
+    readers: list[Any]
+    batch_size: int
+    length: int
+    placement: Placement
+    most_rows: int | None = None
+
+    def host_batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """This host's share of every batch; `row` numbers the rows of all readers, whatever the batch size."""
+        before = 0
+        for reader in self.readers:
+            count = reader.rows(length=self.length)
+            count = count if self.most_rows is None else min(count, self.most_rows)
+            for step in range(-(-count // self.batch_size)):
+                batch = reader.batch(
+                    step,
+                    batch_size=self.batch_size,
+                    length=self.length,
+                    seed=0,
+                    host=jax.process_index(),
+                    hosts=jax.process_count(),
+                )
+                number = batch["row"] + step * self.batch_size
+                # What lies past `most_rows` in the last batch counts no more than padding does.
+                past = number >= count
+                batch["segments"] = np.where(past[:, None], 0, batch["segments"]).astype(np.int32)
+                yield {**batch, "row": (before + number).astype(np.int32)}
+            before += count
+
+    def __iter__(self) -> Iterator[dict[str, jax.Array]]:
+        for batch in self.host_batches():
+            yield {name: self.put(name, batch[name]) for name in ("tokens", "segments", "positions", "row")}
+
+    def put(self, name: str, value: np.ndarray) -> jax.Array:
+        """Places one host's share of a field."""
+        return placed(value, self.placement, name)
+
+
+def placed(value: np.ndarray, placement: Placement, name: str) -> jax.Array:
+    """One host's share of an array of rows, on the mesh."""
+    hosts = jax.process_count()
+    shape = (value.shape[0] * hosts, *value.shape[1:])
+    sharding = placement.rows(shape, f"an evaluator's field {name!r}")
+    if hosts == 1:
+        return jax.device_put(value, sharding)
+    return jax.make_array_from_process_local_data(sharding, value, shape)
+
+
+def summed(score: Callable[..., Mapping[str, jax.Array]], arrays: Arrays, texts: Texts) -> dict[str, float]:
+    """The sums over all rows of what `score(arrays, batch)` gives for each row, added in float64 on the host.
+
+    Args:
+      score: a jitted function to arrays `[B]` that every host can read.
+      arrays: parameters, frozen leaves and buffers.
+      texts: what is read.
+    """
+    totals: dict[str, float] = {}
+    with texts.placement.scope():
+        before: Any = None
+        for batch in texts:
+            now = score(arrays, batch)
+            if before is not None:
+                _add(totals, before)
+            before = now
+        if before is not None:
+            _add(totals, before)
+    return totals
+
+
+def _add(totals: dict[str, float], rows: Mapping[str, jax.Array]) -> None:
+    for name, value in jax.device_get(dict(rows)).items():
+        totals[name] = totals.get(name, 0.0) + float(np.asarray(value, np.float64).sum())
+
+
+def bits(nats: float, tokens: float, size: float) -> dict[str, float]:
+    """Bits per token and per UTF-8 byte of a sum of losses.
+
+    bits/token = nats / (ln 2 * tokens); bits/byte = nats / (ln 2 * bytes), so the one is the other * bytes / tokens.
+    """
+    each = nats / math.log(2)
+    return {
+        "bits_per_token": each / tokens if tokens else math.nan,
+        "bits_per_byte": each / size if size else math.nan,
+    }

@@ -1,0 +1,105 @@
+"""Evaluators at work: during a run, and on what a run left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from partitioning import UserError
+from partitioning import data as data_parallel
+from training.plan import Plan
+from training.state import State
+from training.store import Store
+
+Judge = Callable[[Mapping[str, Any]], Mapping[str, float]]
+
+
+def open_judges(plan: Plan) -> list[Judge]:
+    """The run's evaluators, ready for its models."""
+    return [
+        evaluator.open(models=plan.trees.models, placement=plan.placement, tokenizer=plan.tokenizer)
+        for evaluator in plan.run.evaluators
+    ]
+
+
+def judged(judges: Sequence[Judge], values: Mapping[str, Any]) -> dict[str, float]:
+    """All judges' figures.
+
+    Args:
+      judges: from `open_judges`.
+      values: the leaves under `params`, `frozen` and `buffers`.
+
+    Raises:
+      UserError: two evaluators give a figure of the same name.
+    """
+    figures: dict[str, float] = {}
+    for judge in judges:
+        for name, value in judge(values).items():
+            if name in figures:
+                raise UserError(f"two evaluators give the figure {name!r}: give one of them another `name`")
+            figures[name] = value
+    return figures
+
+
+def values_of(plan: Plan, state: State) -> dict[str, Any]:
+    """What is judged of a state: the averaged parameters where there are any."""
+    params = state.params
+    if state.average is not None and plan.run.average is not None:
+        params = plan.run.average.read(state.average, state.params)
+    return {"params": params, "frozen": state.frozen, "buffers": state.buffers}
+
+
+def lines(figures: Mapping[str, float]) -> list[str]:
+    """Figures as aligned lines; `x/unigram` stands beside `x`, which it is to be compared with."""
+    baselines = {name for name in figures if name.rpartition("/")[0] in figures}
+    width = max((len(name) for name in figures if name not in baselines), default=0)
+    out = []
+    for name, value in figures.items():
+        if name in baselines:
+            continue
+        beside = [(other.rpartition("/")[2], figures[other]) for other in baselines if other.rpartition("/")[0] == name]
+        words = "".join(f"   {label} {number:8.4f}" for label, number in sorted(beside))
+        out.append(f"{name:{width}}  {value:8.4f}{words}")
+    return out
+
+
+def evaluate(plan: Plan, out: Path, say: Callable[[str], None]) -> dict[str, float]:
+    """Runs the evaluators on a run's newest complete checkpoint.
+
+    Args:
+      plan: of the run.
+      out: its folder.
+      say: takes a line to print.
+
+    Raises:
+      UserError: no evaluators, or no complete checkpoint of this run.
+    """
+    if not plan.run.evaluators:
+        raise UserError(
+            f"{out}: its config has no evaluators: bind training.Run.evaluators, and train or resume with it"
+        )
+    step, values = Store(plan, str(out / "checkpoints")).values()
+    say(f"{out}: checkpoint of step {step}" + (", averaged parameters" if plan.run.average is not None else ""))
+    figures = judged(open_judges(plan), values)
+    for line in lines(figures):
+        say(line)
+    return figures
+
+
+def restore(run: Any, out: Path) -> tuple[Any, Any]:
+    """The trunk of a run's newest complete checkpoint, on one device, and its tokenizer.
+
+    Args:
+      run: the run, whatever mesh it was trained on.
+      out: its folder.
+
+    Raises:
+      UserError: no complete checkpoint of this run.
+    """
+    plan = replace(run, rules=data_parallel()).plan(jax.local_devices()[:1])
+    _, values = Store(plan, str(out / "checkpoints")).values()
+    return plan.trees.models(**values).module("trunk"), plan.tokenizer
