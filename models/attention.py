@@ -1,6 +1,7 @@
 """Softmax attention and its back ends."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -27,7 +28,9 @@ def reference(
     scores = jnp.einsum("bqhk,bshk->bhqs", q, k) / jnp.sqrt(q.shape[-1])
     scores = scores if bias is None else scores + bias
     seen = visible[:, None]
-    weights = jnp.where(seen, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True, where=seen, initial=-1e30)), 0.0)
+    # Set before the exponential: of a key that is not seen it could be infinite, and its derivative 0 * infinity.
+    scores = jnp.where(seen, scores, -1e30)
+    weights = jnp.where(seen, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)), 0.0)
     total = weights.sum(-1, keepdims=True)
     return jnp.einsum("bhqs,bshk->bqhk", weights / jnp.where(total > 0, total, 1.0), v)
 
@@ -133,10 +136,12 @@ class Attention(nnx.Module):
             q, k = rotate(q, context.positions, self.theta), rotate(k, context.positions, self.theta)
         cache = None
         if context.cache is not None:
-            start = (0, context.cache_length, 0, 0)
-            k = jax.lax.dynamic_update_slice(context.cache["key"], k.astype(context.cache["key"].dtype), start)
-            v = jax.lax.dynamic_update_slice(context.cache["value"], v.astype(context.cache["value"].dtype), start)
-            cache = {"key": k, "value": v}
+            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=context.cache_length, axis=1)
+            cache = {
+                name: write(context.cache[name], new.astype(context.cache[name].dtype))
+                for name, new in (("key", k), ("value", v))
+            }
+            k, v = cache["key"], cache["value"]
         if self.kv_heads != self.heads:
             k, v = (jnp.repeat(x, self.heads // self.kv_heads, axis=2) for x in (k, v))
         product = attention_causal if context.causal else attention_full

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -42,6 +42,11 @@ class Scores:
         logits = jnp.einsum("...d,vd->...v", self.hidden, self.table, preferred_element_type=wide)
         logits = logits if self.bias is None else logits + self.bias
         return logits[..., : self.size]
+
+    def tempered(self, temperature: float) -> Scores:
+        """The scores divided by a temperature."""
+        bias = None if self.bias is None else self.bias / temperature
+        return replace(self, hidden=self.hidden / jnp.asarray(temperature, self.hidden.dtype), bias=bias)
 
 
 class TiedHead(nnx.Module):

@@ -183,6 +183,10 @@ class Sentinel(Mask):
 
     count: int = static()
 
+    def __post_init__(self):
+        if self.count < 0:
+            raise UserError(f"Sentinel(count={self.count}): a number of tokens is at least 0")
+
     def allowed(self, query, key):
         """See `Mask.allowed`."""
         return (key.positions[:, None, :] < self.count) | (query.positions[:, :, None] < self.count)
@@ -243,6 +247,22 @@ class ByRow(Mask):
 
 
 def lower(mask: Mask, query: Tokens, key: Tokens) -> Bool[Array, "B Q K"]:
-    """A mask with the segment rule, as booleans: what the reference and XLA back ends take."""
+    """A mask with the segment rule, as booleans: what the reference and XLA back ends take.
+
+    Raises:
+      UserError: the mask's arrays are not over these queries and keys; a relation over the tokens of one call cannot
+        be used with a cache.
+    """
     same = query.segments[:, :, None] == key.segments[:, None, :]
-    return mask.allowed(query, key) & same & (key.segments[:, None, :] > 0)
+    try:
+        allowed = mask.allowed(query, key)
+        fits = jnp.broadcast_shapes(allowed.shape, same.shape) == same.shape
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        queries, keys = same.shape[1:]
+        raise UserError(
+            f"{type(mask).__name__}: the mask's arrays do not fit {queries} queries and {keys} keys: with a cache, a mask "
+            "must say whom the new tokens see among all that it holds"
+        )
+    return allowed & same & (key.segments[:, None, :] > 0)

@@ -89,7 +89,8 @@ class GRPO(Objective):
         before = jax.lax.cummax(jnp.where(seen, index, 0), axis=1)
         before = jnp.pad(before[:, :-1], ((0, 0), (1, 0)))
         hidden = jnp.take_along_axis(out.hidden, before[..., None], axis=1)
-        scores = models.trunk.scores(hidden / jnp.asarray(self.temperature, hidden.dtype))
+        # Tempered behind the head, which may bend or normalise the states.
+        scores = models.trunk.scores(hidden).tempered(self.temperature)
         ratio = jnp.exp((log_probabilities(scores, tokens) - flat("old")) * drawn)
         advantage = batch["grpo/advantage"].reshape(-1, 1)
         gain = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - self.clip, 1 + self.clip) * advantage)

@@ -89,5 +89,5 @@ class MomentumQueue(Objective):
                 old.set_value(new.astype(old.get_value().dtype))
         queue = models.module("queue")
         place = queue.next.get_value()
-        queue.keys.set_value(jax.lax.dynamic_update_slice(queue.keys.get_value(), rows["key"], (place, 0)))
+        queue.keys.set_value(jax.lax.dynamic_update_slice_in_dim(queue.keys.get_value(), rows["key"], place, axis=0))
         queue.next.set_value((place + rows["key"].shape[0]) % self.size)

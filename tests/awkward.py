@@ -23,6 +23,7 @@ from objectives import (
     ListNet,
     MaskedDiffusion,
     MaskedLM,
+    Models,
     MomentumQueue,
     Objective,
     Phases,
@@ -147,6 +148,7 @@ CASES: dict[str, Case] = {
         MaskedLM(select=RandomTokens(rate=lambda step: 0.3 - 0.01 * step, most=0.3)), model=partial(TRUNK, dropout=0.1)
     ),
     "clm": Case(CausalLM()),
+    "emo": Case(EMO()),
     "electra": Case(Electra(generator=partial(TRUNK, width=8, layers=1), select=RandomTokens(rate=0.3))),
     "gpt_bert": Case(GPTBert(ratio=0.75, select=RandomTokens(rate=0.3))),
     "retromae": Case(RetroMAE(decoder=UNROTATED, longest=LENGTH)),
@@ -177,6 +179,18 @@ def build(case: Case) -> Callable[[jax.Array], dict[str, Any]]:
     return make
 
 
-def wide(tree: Any) -> Any:
-    """Floats as float64, for identities."""
-    return jax.tree.map(lambda x: x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x, tree)
+def modules(objective: Objective, model: Callable[..., Trunk] = TRUNK, *, seed: int = 0) -> Models:
+    """A model and the objective's companions with random float64 weights: built abstractly, so that nothing compiles."""
+    case = Case(objective, model=partial(model, dtype="float64"))
+    made = nnx.eval_shape(lambda: {name: one.module for name, one in build(case)(jax.random.key(0)).items()})
+    draw = np.random.default_rng(seed)
+
+    def fill(leaf: Any) -> Any:
+        floats = np.issubdtype(leaf.dtype, np.floating)
+        return jax.numpy.asarray(0.3 * draw.standard_normal(leaf.shape) if floats else np.zeros(leaf.shape, leaf.dtype))
+
+    found = {}
+    for name, module in made.items():
+        graph, state = nnx.split(module)
+        found[name] = nnx.merge(graph, jax.tree.map(fill, state))
+    return Models(found)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from awkward import CASES, ROWS, build, wide
+from awkward import CASES, ROWS, build
 
 from objectives.base import Batch
 from objectives.draws import draws
@@ -41,7 +41,7 @@ def gradients(name: str, rules, devices: int, accumulate: int = 1):
             trees=trees, objective=objective, optimizer=Sgd(learning_rate=0.1), tx=None, seed=3, batch_size=ROWS,
             accumulate=accumulate,
         )  # fmt: skip
-        values = initial(name, trees)
+        values = initial(trees)
         shardings = trees.shardings(placement)
         values = {k: {n: jax.device_put(v, shardings[n]) for n, v in part.items()} for k, part in values.items()}
         batch = {k: jax.device_put(v, placement.rows(v.shape, k)) for k, v in case.batch().items()}
@@ -59,20 +59,17 @@ def gradients(name: str, rules, devices: int, accumulate: int = 1):
         return jax.device_get(jax.jit(run)(values, batch))
 
 
-_INITIAL: dict = {}
-
-
-def initial(name, trees):
-    """Initial values of a case, made once."""
-    if name not in _INITIAL:
-        with data().place(jax.devices()[:1]).scope():
-            values = wide(jax.device_get(jax.jit(trees.init)(jax.random.key(0))))
-        # A reference that equals the policy has no gradient to compare: move it.
-        values["frozen"] = {
-            k: v + 0.05 * np.sin(np.arange(v.size).reshape(v.shape)) for k, v in values["frozen"].items()
-        }
-        _INITIAL[name] = values
-    return _INITIAL[name]
+def initial(trees):
+    """Values of all leaves, large enough that nothing vanishes; a reference is not the policy, or it had no gradient."""
+    draw = np.random.default_rng(0)
+    values: dict = {"params": {}, "frozen": {}, "buffers": {}}
+    for name, leaf in trees.shapes.items():
+        if np.issubdtype(leaf.dtype, np.floating):
+            drawn = 0.1 * draw.standard_normal(leaf.shape) + name.endswith("scale")
+        else:
+            drawn = np.zeros(leaf.shape, leaf.dtype)
+        values[trees.kinds[name]][name] = drawn
+    return values
 
 
 class _State:
@@ -113,20 +110,18 @@ def test_eight_devices_equal_one(name):
     """Loss, gradients and buffers do not depend on the mesh."""
     one = on_one(name)
     assert np.isfinite(one[1]["loss"])
-    assert max(np.abs(g).max() for g in one[0].values()) > 1e-6
+    assert max(np.abs(g).max() for g in one[0].values()) > 1e-3
     for rules in (data(), fsdp(), fsdp_tensor(2)):
         assert_same(one, gradients(name, rules, 8))
 
 
 @pytest.mark.parametrize("name", ACCUMULATING)
 def test_micro_batches_equal_the_batch(name):
-    """Two micro-batches with unequal token counts give the big batch's loss, gradients and buffers."""
-    assert_same(on_one(name), gradients(name, data(), 1, accumulate=2))
-    if name in ("experts", "electra", "info_nce_chunked"):
-        assert_same(on_one(name), gradients(name, fsdp(), 4, accumulate=4))
+    """Micro-batches with unequal token counts give the big batch's loss, gradients and buffers, on a mesh too."""
+    assert_same(on_one(name), gradients(name, fsdp(), 2, accumulate=4))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ACCUMULATING])
-def test_an_objective_that_couples_rows_says_so(name):
-    """What cannot be accumulated is declared, and the plan refuses it."""
-    assert CASES[name].objective.couples_rows
+def test_what_cannot_be_accumulated_says_so():
+    """The plan refuses it (see training/test_plan)."""
+    coupled = {name for name, case in CASES.items() if case.objective.couples_rows}
+    assert coupled == set(CASES) - set(ACCUMULATING)
