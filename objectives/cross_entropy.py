@@ -48,11 +48,17 @@ def cross_entropy(
       tokens_per_chunk: about how many targets' logits are held at once.
     """
     rows, length = targets.shape
-    per_row = max(1, min(length, tokens_per_chunk // max(rows, 1)))
+    per_row = _per_row(rows, length, tokens_per_chunk)
     total, each, hit = _chunked(
         scores.hidden, scores.table, scores.bias, weight, targets, scores.size, float(smoothing), float(z), per_row
     )
     return TokenLosses(total, each, hit)
+
+
+def _per_row(rows: int, length: int, tokens: int) -> int:
+    """Targets of each row in a chunk: as few chunks as the limit allows, all of one size, with little padding."""
+    most = max(1, min(length, tokens // max(rows, 1)))
+    return -(-length // -(-length // most))
 
 
 def _chunk_terms(hidden, table, bias, weight, targets, size, smoothing, z):
@@ -150,7 +156,7 @@ def log_probabilities(
       targets: token ids.
       tokens_per_chunk: about how many targets' logits are held at once.
     """
-    per_row = max(1, min(targets.shape[1], tokens_per_chunk // max(targets.shape[0], 1)))
+    per_row = _per_row(*targets.shape, tokens_per_chunk)
 
     def one(_, chunk):
         hidden, target = chunk
