@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from models.initializers import normal
+from models.linear import linear
 from models.positions import rotate
 from models.variables import param
 from partitioning import UserError, constrain
@@ -147,7 +148,8 @@ class Attention(nnx.Module):
         product = attention_causal if context.causal else attention_full
         mixed = product(q, k, v, context.visible, context.bias, backend=self.backend)
         mixed = constrain(mixed, "batch", "length", "heads", "kv")
-        out = jnp.einsum("bshk,hkd->bsd", mixed, self.out.get_value().astype(hidden.dtype))
+        kernel = self.out.get_value().astype(hidden.dtype)
+        out = linear(mixed.reshape(*mixed.shape[:2], -1), kernel.reshape(-1, kernel.shape[-1]))
         return (out if self.out_bias is None else out + self.out_bias.get_value().astype(hidden.dtype)), cache
 
     def _project(self, hidden, source):
@@ -156,10 +158,12 @@ class Attention(nnx.Module):
         kernels = [p.get_value().astype(hidden.dtype) for p in (self.query, self.key, self.value)]
         biases = [cast(self.query_bias), cast(self.key_bias), cast(self.value_bias)]
         if source is hidden and self.kv_heads == self.heads:
-            fused = jnp.einsum("bsd,dchk->cbshk", hidden, jnp.stack(kernels, axis=1))
-            parts = [fused[0], fused[1], fused[2]]
+            # The three stand side by side within a token, so that no transposition follows the product; a split, and not
+            # three slices, since its gradient is one concatenation.
+            fused = linear(hidden, jnp.stack(kernels, axis=1))
+            parts = [part.squeeze(2) for part in jax.lax.split(fused, (1, 1, 1), axis=2)]
         else:
-            parts = [jnp.einsum("bsd,dhk->bshk", x, w) for x, w in zip((hidden, source, source), kernels, strict=True)]
+            parts = [linear(x, w) for x, w in zip((hidden, source, source), kernels, strict=True)]
         parts = [p if b is None else p + b for p, b in zip(parts, biases, strict=True)]
         return [constrain(p, "batch", "length", "heads", "kv") for p in parts]
 

@@ -5,7 +5,6 @@ from collections import Counter
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from held_out import TEXTS, TOKENIZER, records
