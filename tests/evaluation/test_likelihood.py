@@ -63,7 +63,7 @@ def test_neither_batch_size_nor_devices_matter(base, judge, name):
 
 
 def test_every_row_is_read_once(rows):
-    source = replace(records(), epochs=1, shuffle=False)
+    source = replace(records(), epochs=1)
     alone = rows(source, LENGTH)
     for size in (1, 4, 100):
         texts = Texts(opened(records(), TOKENIZER), size, LENGTH, data_parallel().place(jax.devices()[:1]))
@@ -89,7 +89,7 @@ def test_sources_of_a_mixture_are_read_once_each(base, judge):
 
 def test_pseudo_perplexity_by_brute_force(base, trunk, rows):
     hidden, places, targets = [], [], []
-    for ids in pieces(rows(replace(records(), epochs=1, shuffle=False), LENGTH)):
+    for ids in pieces(rows(replace(records(), epochs=1), LENGTH)):
         for i in np.flatnonzero(~np.isin(ids, SPECIALS)):
             hidden.append(np.where(np.arange(len(ids)) == i, TOKENIZER.specials.mask, ids))
             places.append(i)
@@ -107,7 +107,7 @@ def test_pseudo_perplexity_by_brute_force(base, trunk, rows):
 def test_causal_perplexity_by_brute_force(base, trunk, rows):
     bos = TOKENIZER.specials.bos
     nats, tokens = 0.0, 0
-    alone = pieces(rows(replace(records(), epochs=1, shuffle=False), LENGTH))
+    alone = pieces(rows(replace(records(), epochs=1), LENGTH))
     scores = log_softmax(trunk, [*alone, np.array([bos])], Causal())
     for ids, own in zip(alone, scores[:-1], strict=True):
         nats -= own[np.arange(len(ids) - 1), ids[1:]].sum()
