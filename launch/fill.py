@@ -74,7 +74,7 @@ def _program() -> Any:
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[np.ndarray, list[int]]:
-    first, *rest = text.split(MARK)
+    first, *rest = _parts(tokenizer, text)
     tokens = [int(t) for t in tokenizer.encode(first)]
     holes = []
     for part in rest:
@@ -83,10 +83,18 @@ def _encode(tokenizer: Any, text: str) -> tuple[np.ndarray, list[int]]:
     return np.array(tokens, np.int32), holes
 
 
+def _parts(tokenizer: Any, text: str) -> list[str]:
+    """The text between masks. Where pieces begin with their space (` the` is one), the space before a mask is the mask's."""
+    parts = text.split(MARK)
+    if len(tokenizer.encode(" the")) > 1:
+        return parts
+    return [*(part.removesuffix(" ") for part in parts[:-1]), parts[-1]]
+
+
 def show(trunk: Any, tokenizer: Any, text: str, *, count: int = 3) -> str:
     """The text with its likeliest fillings, then one line a mask with all guesses and their chances."""
     found = fill(trunk, tokenizer, text, count=count)
-    filled, *rest = text.split(MARK)
+    filled, *rest = _parts(tokenizer, text)
     for guesses, part in zip(found, rest, strict=True):
         filled += guesses[0].text + part
     lines = [filled]

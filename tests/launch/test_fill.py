@@ -68,6 +68,18 @@ def test_shown():
     assert show(Neighbours(), Letters(), "a[MASK]c", count=1) == "abc\n  1: 'b' 23.5%"
 
 
+def test_a_piece_begins_with_its_space():
+    """As in trained vocabularies: ` the` is one piece, so the space before a mask belongs to what fills it."""
+
+    class Words(Letters):
+        """A letter with the space before it is one token."""
+
+        def encode(self, text):
+            return np.array([ord(c) - ord("a") + 6 for c in text.replace(" the", " t") if c != " "], np.int32)
+
+    assert show(Neighbours(), Words(), "a [MASK] c", count=1).startswith("ab c\n")
+
+
 def test_nothing_to_fill():
     with pytest.raises(UserError, match="expected \\[MASK\\]"):
         fill(Neighbours(), Letters(), "abc")
