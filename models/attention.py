@@ -1,5 +1,6 @@
 """Softmax attention and its back ends."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from models.initializers import normal
 from models.linear import linear
 from models.positions import rotate
 from models.variables import param
-from partitioning import UserError, constrain
+from partitioning import UserError, constrain, is_cut
 
 Backend = Literal["xla", "reference"]
 
@@ -153,17 +154,18 @@ class Attention(nnx.Module):
         return (out if self.out_bias is None else out + self.out_bias.get_value().astype(hidden.dtype)), cache
 
     def _project(self, hidden, source):
-        """Queries, keys and values; one matrix product where all three have the same shape and source."""
+        """Queries, keys and values; one matrix product where all three have the same source."""
         cast = lambda p: None if p is None else p.get_value().astype(hidden.dtype)  # noqa: E731
         kernels = [p.get_value().astype(hidden.dtype) for p in (self.query, self.key, self.value)]
         biases = [cast(self.query_bias), cast(self.key_bias), cast(self.value_bias)]
-        if source is hidden and self.kv_heads == self.heads:
-            # The three stand side by side within a token, so that no transposition follows the product; a split, and not
-            # three slices, since its gradient is one concatenation.
-            fused = linear(hidden, jnp.stack(kernels, axis=1))
-            parts = [part.squeeze(2) for part in jax.lax.split(fused, (1, 1, 1), axis=2)]
+        flat = lambda w: w.reshape(w.shape[0], -1)  # noqa: E731
+        if source is hidden and not is_cut("heads"):
+            # A split, and not slices: its gradient is one concatenation. Kernels cut by heads stay apart and in place.
+            sizes = [math.prod(w.shape[1:]) for w in kernels]
+            parts = jax.lax.split(linear(hidden, jnp.concatenate([flat(w) for w in kernels], axis=1)), sizes, axis=2)
         else:
-            parts = [linear(x, w) for x, w in zip((hidden, source, source), kernels, strict=True)]
+            parts = [linear(x, flat(w)) for x, w in zip((hidden, source, source), kernels, strict=True)]
+        parts = [p.reshape(*p.shape[:2], *w.shape[1:]) for p, w in zip(parts, kernels, strict=True)]
         parts = [p if b is None else p + b for p, b in zip(parts, biases, strict=True)]
         return [constrain(p, "batch", "length", "heads", "kv") for p in parts]
 
