@@ -45,7 +45,7 @@ quickstart: $(STAMP)
 	@# Each [MASK] is one piece of the vocabulary, with the space before it.
 	$(BIN)/palmette fill $(RUN) \
 	  'Return True if the object [MASK] a string.' \
-	  'for i in [MASK](len(items)):' \
+	  '    return [MASK].name' \
 	  'def __init__([MASK], name):'
 	@echo 'run:         $(RUN)'
 	@echo 'TensorBoard: $(BIN)/tensorboard --logdir $(RUN)'
