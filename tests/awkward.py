@@ -148,7 +148,6 @@ CASES: dict[str, Case] = {
         MaskedLM(select=RandomTokens(rate=lambda step: 0.3 - 0.01 * step, most=0.3)), model=partial(TRUNK, dropout=0.1)
     ),
     "clm": Case(CausalLM()),
-    "emo": Case(EMO()),
     "electra": Case(Electra(generator=partial(TRUNK, width=8, layers=1), select=RandomTokens(rate=0.3))),
     "gpt_bert": Case(GPTBert(ratio=0.75, select=RandomTokens(rate=0.3))),
     "retromae": Case(RetroMAE(decoder=UNROTATED, longest=LENGTH)),
