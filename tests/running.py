@@ -16,7 +16,6 @@ import pytest
 from awkward import CASES, LENGTH, VOCABULARY, plain_batch
 
 from partitioning import fsdp
-from training.ema import Ema
 from training.guard import Guard
 from training.optimizers import AdamW
 from training.run import Run
@@ -62,7 +61,7 @@ class Toy:
 
 
 def tiny(name: str = "mlm", **changes: Any) -> Run:
-    """An awkward case as a run of four steps with a checkpoint every second, an average and a guard."""
+    """An awkward case as a run of four steps with a checkpoint every second and a guard."""
     case = CASES[name]
     asked: dict[str, Any] = {
         "model": case.model,
@@ -73,7 +72,6 @@ def tiny(name: str = "mlm", **changes: Any) -> Run:
         "length": LENGTH,
         "optimizer": AdamW(learning_rate=0.01, weight_decay=0.1),
         "rules": fsdp(),
-        "average": Ema(decay=0.9),
         "guard": Guard(),
         "checkpoint_every": 2,
         "log_every": 1,

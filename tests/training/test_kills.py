@@ -140,7 +140,7 @@ def test_ten_kills_and_a_preemption_signal(trainer, whole, tmp_path):
 
 def test_a_full_disk_is_one_line_and_what_was_there_stays(tmp_path):
     """The write fails, the earlier checkpoint is whole, and the run goes on once there is room."""
-    out, small = tmp_path / "run", {"model": partial(TRUNK, layers=1, width=8), "average": None}
+    out, small = tmp_path / "run", {"model": partial(TRUNK, layers=1, width=8)}
     with devices(1):
         tiny("clm", steps=2, **small).train(out)
         kept = record(out, 2)
