@@ -188,9 +188,14 @@ class Plan:
 
     def compile(self, stage: PlannedStage) -> Any:
         """Compiles a stage's step; the executable takes the state (donated) and a batch, and can never compile again."""
+
+        # The name that profiles and compile logs show.
+        def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Any]:
+            return stage.step(state, batch)
+
         with self.placement.scope():
             jitted = jax.jit(
-                stage.step,
+                train_step,
                 in_shardings=(self.shardings, {name: leaf.sharding for name, leaf in stage.batch.items()}),
                 out_shardings=(self.shardings, self.placement.replicated),
                 donate_argnums=0,
