@@ -1,5 +1,6 @@
 """A pytree as a flat table of named arrays: what a checkpoint holds, compares and checks."""
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -128,8 +129,10 @@ def _checksum(leaf: jax.Array) -> jax.Array:
     return jnp.stack([first, second])
 
 
-def _checksums(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack([_checksum(leaf) for leaf in leaves])
+@functools.cache
+def _checksum_on(whole: NamedSharding | None) -> Any:
+    """The checksum of one leaf as a program for each shape and sharding: a deep model has few of them, not one of all."""
+    return jax.jit(_checksum, out_shardings=whole)
 
 
 def checksums(flat: Mapping[str, jax.Array]) -> dict[str, str]:
@@ -141,17 +144,9 @@ def checksums(flat: Mapping[str, jax.Array]) -> dict[str, str]:
     Returns:
       Name -> 16 hexadecimal digits.
     """
-    groups: dict[tuple, list[str]] = {}
-    for name, leaf in flat.items():
-        groups.setdefault(tuple(sorted(device.id for device in leaf.devices())), []).append(name)
-    found: dict[str, str] = {}
-    for names in groups.values():
-        shardings = [flat[name].sharding for name in names]
-        meshes = [sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)]
-        whole = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
-        sums = np.asarray(jax.jit(_checksums, out_shardings=whole)([flat[name] for name in names]))
-        found |= {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in zip(names, sums, strict=True)}
-    return dict(sorted(found.items()))
+    whole = lambda at: NamedSharding(at.mesh, PartitionSpec()) if isinstance(at, NamedSharding) else None  # noqa: E731
+    sums = jax.device_get({name: _checksum_on(whole(leaf.sharding))(leaf) for name, leaf in flat.items()})
+    return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in sorted(sums.items())}
 
 
 def content_hash(flat: Mapping[str, jax.Array]) -> str:

@@ -155,7 +155,7 @@ class Objective:
         """Checks the objective against a stage before anything is compiled.
 
         Args:
-          steps: length of the stage.
+          steps: the run's steps up to the end of the stage; schedules count them from 0.
           batch: (shape, dtype) by field.
 
         Raises:

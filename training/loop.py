@@ -74,7 +74,7 @@ def train(run: Run, out: Path, *, operative: str = "", debug: bool = False) -> d
         loop = Loop(plan, store, log, writer, progress, interrupt)
         for stage, program in zip(remaining, programs, strict=True):
             state = loop.stage(stage, program, state)
-            if interrupt.seen:
+            if interrupt.seen and int(state.step) < stage.last:
                 progress.say(f"interrupted: saved at step {int(state.step)}; the same command goes on")
                 break
         return loop.figures
@@ -114,7 +114,9 @@ class Loop:
                     self._read(stage, *before)
                 before = (step + 1, tokens, out)
                 done = step + 1
-                last = done == self.plan.steps or self.interrupt.seen
+                # Asked once: a request that comes after this is for the next step.
+                stop = self.interrupt.seen
+                last = done == self.plan.steps or stop
                 judge = bool(self.judges) and (done % run.evaluate_every == 0 or last)
                 save = done % run.checkpoint_every == 0 or last
                 if judge or save:
@@ -125,7 +127,7 @@ class Loop:
                     self.evaluate(done, state)
                 if save:
                     self.store.save(state, self.log.saved())
-                if self.interrupt.seen:
+                if stop:
                     break
         if before is not None:
             self._read(stage, *before)
@@ -150,9 +152,8 @@ class Loop:
             run.guard.check({"run": out["metrics"]["skipped_in_a_row"]}, step=done)
         if run.controllers:
             first = {"mixture": stage.reader.weights} if stage.reader.weights else {}
-            row = lambda step: stage.rows + (step - stage.first) * stage.stage.batch_size  # noqa: E731
             known = len(self.log.entries)
-            self.log.observe(done, jax.device_get(out["sums"]), first, row)
+            self.log.observe(done, jax.device_get(out["sums"]), first, self.plan.row)
             for entry in self.log.entries[known:]:
                 self.progress.say(f"step {done}: from step {entry.step} on {dict(entry.values)}")
         if done % run.log_every == 0 or done == self.plan.steps or not self.figures:

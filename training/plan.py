@@ -92,7 +92,7 @@ class Plan:
         axes = {name: trees.axes[name] for name in trees.of_kind("params")}
         first, rows, stages, states = 0, 0, [], []
         for part, reader in zip(parts, readers, strict=True):
-            _check(part, reader, placement)
+            _check(part, reader, placement, first + part.steps)
             tx = part.optimizer(axes)
             step = Step(
                 trees=trees,
@@ -135,6 +135,11 @@ class Plan:
     def stage_of(self, step: int) -> PlannedStage:
         """The stage that takes a step."""
         return next(stage for stage in self.stages if step < stage.last)
+
+    def row(self, step: int) -> int:
+        """The run's first row of a step, whichever stage takes it; past the end as if the last stage went on."""
+        stage = self.stage_of(min(step, self.steps - 1))
+        return stage.rows + (step - stage.first) * stage.stage.batch_size
 
     def targets(self) -> State:
         """The abstract state with shardings: what a restore fills."""
@@ -183,9 +188,14 @@ class Plan:
 
     def compile(self, stage: PlannedStage) -> Any:
         """Compiles a stage's step; the executable takes the state (donated) and a batch, and can never compile again."""
+
+        # The name that profiles and compile logs show.
+        def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Any]:
+            return stage.step(state, batch)
+
         with self.placement.scope():
             jitted = jax.jit(
-                stage.step,
+                train_step,
                 in_shardings=(self.shardings, {name: leaf.sharding for name, leaf in stage.batch.items()}),
                 out_shardings=(self.shardings, self.placement.replicated),
                 donate_argnums=0,
@@ -235,9 +245,10 @@ def build(run: Run, vocabulary: Vocabulary, key: jax.Array, given: Mapping[str, 
     return found
 
 
-def _check(part: Part, reader: Any, placement: Placement) -> None:
+def _check(part: Part, reader: Any, placement: Placement, last: int) -> None:
     spec = reader.spec(batch_size=part.batch_size, length=part.length)
-    part.objective.check(steps=part.steps, batch=spec)
+    # An objective's schedules count the run's steps, not the stage's.
+    part.objective.check(steps=last, batch=spec)
     k = part.accumulate
     if k > 1 and part.objective.couples_rows:
         raise UserError(
@@ -246,7 +257,7 @@ def _check(part: Part, reader: Any, placement: Placement) -> None:
         )
     if part.batch_size % k:
         raise UserError(f"batch_size = {part.batch_size} does not divide into accumulate = {k} micro-batches")
-    ways = int(np.prod([placement.mesh.shape[a] for a in placement.rules.activations["batch"]]))
+    ways = int(np.prod([placement.mesh.shape[a] for a in placement.rules.activations.get("batch", ())]))
     if (part.batch_size // k) % ways:
         raise UserError(
             f"{part.batch_size // k} rows ({'batch_size' if k == 1 else 'batch_size / accumulate'}) do not divide over "
