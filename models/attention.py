@@ -44,19 +44,31 @@ def xla(
     visible: Bool[Array, "B Q S"],
     bias: Float[Array, "#B #H Q S"] | None,
 ) -> Float[Array, "B Q H K"]:
-    """The same for training: scores in float32 whatever the inputs, the normaliser applied to the output."""
+    """The same for training: scores in float32 whatever the inputs; of the weights one array is kept for the gradient."""
     heads_first = lambda x: x.transpose(0, 2, 1, 3)  # noqa: E731
     q, k, v = heads_first(q * q.shape[-1] ** -0.5), heads_first(k), heads_first(v)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=wide)
     scores = scores if bias is None else scores + bias.astype(wide)
-    scores = jnp.where(visible[:, None], scores, -1e30)
-    # The largest score carries no gradient, and a row that sees nothing must not divide by zero.
-    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    weights = jnp.where(visible[:, None], jnp.exp(scores - top), 0.0)
-    total = weights.sum(-1, keepdims=True)
-    out = jnp.einsum("bhqs,bhsk->bhqk", weights.astype(v.dtype), v, preferred_element_type=wide)
-    return (out / jnp.where(total > 0, total, 1.0)).astype(v.dtype).transpose(0, 2, 1, 3)
+    weights = masked_softmax(scores, visible[:, None]).astype(v.dtype)
+    return jnp.einsum("bhqs,bhsk->bhqk", weights, v, preferred_element_type=wide).astype(v.dtype).transpose(0, 2, 1, 3)
+
+
+@jax.custom_jvp
+def masked_softmax(scores: Float[Array, "B H Q S"], visible: Bool[Array, "B 1 Q S"]) -> Float[Array, "B H Q S"]:
+    """Softmax over the visible keys, 0 elsewhere; a query that sees nothing gets 0 everywhere."""
+    scores = jnp.where(visible, scores, -1e30)
+    powers = jnp.where(visible, jnp.exp(scores - scores.max(-1, keepdims=True)), 0.0)
+    total = powers.sum(-1, keepdims=True)
+    return powers * (1 / jnp.where(total > 0, total, 1.0))
+
+
+@masked_softmax.defjvp
+def _masked_softmax_jvp(primals, tangents):
+    # By the chain rule four arrays of this size would be kept, and the mask three times; the weights are all it takes.
+    weights = masked_softmax(*primals)
+    weighted = weights * tangents[0]
+    return weights, weighted - weights * weighted.sum(-1, keepdims=True)
 
 
 BACKENDS: dict[str, Callable[..., Float[Array, "B Q H K"]]] = {"reference": reference, "xla": xla}

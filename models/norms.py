@@ -1,10 +1,47 @@
 """Normalisations over the features of a token."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from models.variables import param
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def unit_mean_square(x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
+    """x / sqrt(mean(x^2) + eps) over the last dimension."""
+    return x * (1 / jnp.sqrt(_mean(x * x) + eps))
+
+
+@unit_mean_square.defjvp
+def _unit_mean_square_jvp(eps, primals, tangents):
+    # The gradient takes the result and one number a token; the chain rule would keep the input too.
+    (x,), (t,) = primals, tangents
+    inverse = 1 / jnp.sqrt(_mean(x * x) + eps)
+    y = x * inverse
+    return y, inverse * (t - y * _mean(y * t))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def standardised(x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
+    """(x - mean) / sqrt(var + eps) over the last dimension."""
+    return unit_mean_square(x - _mean(x), eps)
+
+
+@standardised.defjvp
+def _standardised_jvp(eps, primals, tangents):
+    (x,), (t,) = primals, tangents
+    centred = x - _mean(x)
+    inverse = 1 / jnp.sqrt(_mean(centred * centred) + eps)
+    y = centred * inverse
+    return y, inverse * (t - _mean(t) - y * _mean(y * t))
+
+
+def _mean(x):
+    return x.mean(-1, keepdims=True)
 
 
 class LayerNorm(nnx.Module):
@@ -29,9 +66,7 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises the last dimension."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        centred = wide - wide.mean(-1, keepdims=True)
-        scaled = centred * (1 / jnp.sqrt((centred * centred).mean(-1, keepdims=True) + self.eps))
-        scaled = scaled * self.scale.get_value()
+        scaled = standardised(wide, self.eps) * self.scale.get_value()
         return (scaled if self.bias is None else scaled + self.bias.get_value()).astype(x.dtype)
 
 
@@ -55,5 +90,4 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises the last dimension."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        scaled = wide * (1 / jnp.sqrt((wide * wide).mean(-1, keepdims=True) + self.eps))
-        return (scaled * self.scale.get_value()).astype(x.dtype)
+        return (unit_mean_square(wide, self.eps) * self.scale.get_value()).astype(x.dtype)
