@@ -1,11 +1,30 @@
-"""Where it runs: the mesh, the axis vocabulary and the rules between them."""
+"""Where it runs: the mesh, the axis vocabulary and the rules between them.
 
-from partitioning.errors import UserError as UserError
-from partitioning.mesh import make_mesh as make_mesh
-from partitioning.rules import Placement as Placement
-from partitioning.rules import Rules as Rules
-from partitioning.rules import constrain as constrain
-from partitioning.rules import data as data
-from partitioning.rules import fsdp as fsdp
-from partitioning.rules import fsdp_tensor as fsdp_tensor
-from partitioning.rules import is_cut as is_cut
+The names that need jax are imported when they are first asked for, so that the command answers at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from partitioning.errors import UserError
+
+if TYPE_CHECKING:
+    from partitioning.mesh import make_mesh
+    from partitioning.rules import Placement, Rules, constrain, data, fsdp, fsdp_tensor
+
+_HOMES = {
+    "make_mesh": "partitioning.mesh",
+    **dict.fromkeys(("Placement", "Rules", "constrain", "data", "fsdp", "fsdp_tensor"), "partitioning.rules"),
+}
+
+__all__ = ["Placement", "Rules", "UserError", "constrain", "data", "fsdp", "fsdp_tensor", "make_mesh"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'partitioning' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
