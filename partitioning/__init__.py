@@ -10,14 +10,14 @@ from partitioning.errors import UserError
 
 if TYPE_CHECKING:
     from partitioning.mesh import make_mesh
-    from partitioning.rules import Placement, Rules, constrain, data, fsdp, fsdp_tensor
+    from partitioning.rules import Placement, Rules, constrain, data, fsdp, fsdp_tensor, is_cut
 
 _HOMES = {
     "make_mesh": "partitioning.mesh",
-    **dict.fromkeys(("Placement", "Rules", "constrain", "data", "fsdp", "fsdp_tensor"), "partitioning.rules"),
+    **dict.fromkeys(("Placement", "Rules", "constrain", "data", "fsdp", "fsdp_tensor", "is_cut"), "partitioning.rules"),
 }
 
-__all__ = ["Placement", "Rules", "UserError", "constrain", "data", "fsdp", "fsdp_tensor", "make_mesh"]
+__all__ = ["Placement", "Rules", "UserError", "constrain", "data", "fsdp", "fsdp_tensor", "is_cut", "make_mesh"]
 
 
 def __getattr__(name: str) -> Any:
