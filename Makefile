@@ -42,13 +42,14 @@ quickstart: $(STAMP)
 	$(BIN)/palmette prepare configs/quickstart.gin
 	$(BIN)/palmette train configs/quickstart.gin --out $(RUN)
 	$(BIN)/palmette evaluate $(RUN)
+	@# Each [MASK] is one piece of the vocabulary, with the space before it.
 	$(BIN)/palmette fill $(RUN) \
-	  'Return a new [MASK] of the list.' \
-	  'If the file does not [MASK], an error is raised.' \
-	  'The default value is [MASK].'
+	  'Return True if the object [MASK] a string.' \
+	  '    return [MASK].name' \
+	  'def __init__([MASK], name):'
 	@echo 'run:         $(RUN)'
 	@echo 'TensorBoard: $(BIN)/tensorboard --logdir $(RUN)'
-	@echo 'checkpoint:  '"$$(ls -td $(RUN)/checkpoints/* 2>/dev/null | head -1)"
+	@echo 'checkpoints: $(RUN)/checkpoints'
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'

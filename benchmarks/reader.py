@@ -1,23 +1,31 @@
-"""How many tokens a second the reader gives from a prepared cache, on one core, beside preparing it.
+"""How many tokens a second the reader gives from a prepared cache, beside preparing it.
 
-    python -m benchmarks.reader
+    python -m benchmarks reader
 
-Documents of log-normal lengths (median 300 bytes), 24 million bytes, packed in rows of 512; one pass over two epochs.
+Documents of log-normal lengths (median 300 bytes), 24 million bytes, packed in rows of 512, batches of 64 rows; one thread
+reads two epochs in order.
 """
 
-import argparse
-import os
+from __future__ import annotations
+
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-import data
-from data.sources import InMemory
+from benchmarks import results
+from benchmarks.harness import Contestant, alternate
+
+LENGTH, ROWS, MILLION = 512, 64, 24
 
 
-def measure(length: int, batch_size: int, million: int) -> None:
-    """Prepare a synthetic corpus and print the rates."""
+def reading(length: int, batch_size: int, million: int) -> tuple[Callable[[], None], dict[str, Any]]:
+    """Contestant: the next batch, with the rates of preparing in its facts."""
+    import data
+    from data.sources import InMemory
+
     draw = np.random.default_rng(0)
     words = np.array(["data", "the", "of", "matrix", "gradient", "token", "a", "is", "mesh", "step"])
     examples: list[dict[str, str]] = []
@@ -28,34 +36,40 @@ def measure(length: int, batch_size: int, million: int) -> None:
         examples.append({"text": text})
         total += len(text)
     task = data.Task(name="benchmark", train=InMemory(tuple(examples)))
-    with tempfile.TemporaryDirectory() as folder:
-        begin = time.perf_counter()
-        data.prepare(task, folder)
-        print(f"prepare: {total / 1e6 / (time.perf_counter() - begin):.1f} M bytes/s")
-        reader = data.Cached(task=task, folder=folder).open()
-        begin = time.perf_counter()
-        rows = reader.rows(length=length)
-        print(f"planning {len(examples):,} documents into {rows:,} rows: {time.perf_counter() - begin:.2f} s")
-        used, seconds = 0, []
-        for step in range(2 * rows // batch_size):
-            begin = time.perf_counter()
-            batch = reader.batch(step, batch_size=batch_size, length=length, seed=0)
-            seconds.append(time.perf_counter() - begin)
-            used += int((batch["segments"] > 0).sum())
-        taken = np.array(seconds)
-        size = batch_size * length
-        print(
-            f"reading: {len(taken) * size / taken.sum() / 1e6:.1f} M tokens/s over two epochs, "
-            f"batch of {size:,} tokens: median {1e3 * np.median(taken):.2f} ms, worst {1e3 * taken.max():.1f} ms, "
-            f"{100 * used / (len(taken) * size):.2f} % of the positions filled"
-        )
+    folder = tempfile.TemporaryDirectory()
+    begin = time.perf_counter()
+    data.prepare(task, folder.name)
+    prepared = time.perf_counter() - begin
+    reader = data.Cached(task=task, folder=folder.name).open()
+    begin = time.perf_counter()
+    rows = reader.rows(length=length)
+    facts = {
+        "prepare": total / 1e6 / prepared,
+        "documents": len(examples),
+        "rows": rows,
+        "plan": time.perf_counter() - begin,
+    }
+    count = iter(range(1 << 40))
+
+    def turn(folder: Any = folder) -> None:
+        # The default keeps the folder for as long as there are turns.
+        del folder
+        reader.batch(next(count) % (2 * rows // batch_size), batch_size=batch_size, length=length, seed=0)
+
+    return turn, facts
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--million", type=int, default=24)
-    given = parser.parse_args()
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    measure(given.length, given.batch_size, given.million)
+def main() -> None:
+    """Measures and writes the section."""
+    name = "a batch"
+    found = alternate([Contestant(name, __name__, "reading", length=LENGTH, batch_size=ROWS, million=MILLION)])
+    facts, size = found.facts[name], LENGTH * ROWS
+    rows = [
+        ("reading", f"{size / found.seconds(name) / 1e6:.0f} M tokens/s ({1e3 * found.seconds(name):.2f} ms a batch)"),
+        ("preparing", f"{facts['prepare']:.1f} M bytes/s"),
+        (f"packing {facts['documents']:,} documents into {facts['rows']:,} rows", f"{facts['plan']:.2f} s"),
+    ]
+    body = "\n".join(
+        [(__doc__ or "").split("\n\n")[-1].strip(), "", results.table(("work", "rate"), rows), "", f"{found.note()}."]
+    )
+    results.write("reader", "The reader", body)

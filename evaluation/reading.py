@@ -36,7 +36,7 @@ class Evaluator(Protocol):
 
 
 def sources(data: Any) -> list[Any]:
-    """The single sources of a data description, each to be read once and in the cache's order.
+    """The single sources of a data description, each to be read once, in the seeded order of a first epoch.
 
     Raises:
       UserError: it is neither a `Reading` (`data.Cached`, `data.Records`) nor a mixture of such.
@@ -47,7 +47,7 @@ def sources(data: Any) -> list[Any]:
             raise UserError(
                 f"{type(part).__name__} cannot be read once: an evaluator wants data.Cached or data.Records"
             )
-    return [replace(part, epochs=1, shuffle=False) for part in parts]
+    return [replace(part, epochs=1, shuffle=True) for part in parts]
 
 
 def prepare(data: Any, *, overwrite: bool, report: Callable[[str], None]) -> list[str]:
@@ -88,7 +88,7 @@ class Texts:
       readers: with `epochs=1`, so that rows past the end are padding.
       batch_size: rows in a batch, all devices together.
       length: tokens in a row.
-      most_rows: rows of each reader at most; None for all. The first rows of a cache are a random sample of it.
+      most_rows: rows of each reader at most; None for all. Rows come in a seeded order, so the first are a random sample.
       placement: where batches go.
     """
 

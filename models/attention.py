@@ -1,5 +1,6 @@
 """Softmax attention and its back ends."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -10,9 +11,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from models.initializers import normal
+from models.linear import linear
 from models.positions import rotate
 from models.variables import param
-from partitioning import UserError, constrain
+from partitioning import UserError, constrain, is_cut
 
 Backend = Literal["xla", "reference"]
 
@@ -147,19 +149,23 @@ class Attention(nnx.Module):
         product = attention_causal if context.causal else attention_full
         mixed = product(q, k, v, context.visible, context.bias, backend=self.backend)
         mixed = constrain(mixed, "batch", "length", "heads", "kv")
-        out = jnp.einsum("bshk,hkd->bsd", mixed, self.out.get_value().astype(hidden.dtype))
+        kernel = self.out.get_value().astype(hidden.dtype)
+        out = linear(mixed.reshape(*mixed.shape[:2], -1), kernel.reshape(-1, kernel.shape[-1]))
         return (out if self.out_bias is None else out + self.out_bias.get_value().astype(hidden.dtype)), cache
 
     def _project(self, hidden, source):
-        """Queries, keys and values; one matrix product where all three have the same shape and source."""
+        """Queries, keys and values; one matrix product where all three have the same source."""
         cast = lambda p: None if p is None else p.get_value().astype(hidden.dtype)  # noqa: E731
         kernels = [p.get_value().astype(hidden.dtype) for p in (self.query, self.key, self.value)]
         biases = [cast(self.query_bias), cast(self.key_bias), cast(self.value_bias)]
-        if source is hidden and self.kv_heads == self.heads:
-            fused = jnp.einsum("bsd,dchk->cbshk", hidden, jnp.stack(kernels, axis=1))
-            parts = [fused[0], fused[1], fused[2]]
+        flat = lambda w: w.reshape(w.shape[0], -1)  # noqa: E731
+        if source is hidden and not is_cut("heads"):
+            # A split, and not slices: its gradient is one concatenation. Kernels cut by heads stay apart and in place.
+            sizes = [math.prod(w.shape[1:]) for w in kernels]
+            parts = jax.lax.split(linear(hidden, jnp.concatenate([flat(w) for w in kernels], axis=1)), sizes, axis=2)
         else:
-            parts = [jnp.einsum("bsd,dhk->bshk", x, w) for x, w in zip((hidden, source, source), kernels, strict=True)]
+            parts = [linear(x, flat(w)) for x, w in zip((hidden, source, source), kernels, strict=True)]
+        parts = [p.reshape(*p.shape[:2], *w.shape[1:]) for p, w in zip(parts, kernels, strict=True)]
         parts = [p if b is None else p + b for p, b in zip(parts, biases, strict=True)]
         return [constrain(p, "batch", "length", "heads", "kv") for p in parts]
 

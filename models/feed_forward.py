@@ -1,5 +1,6 @@
 """Feed-forward layers: plain and gated."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -10,13 +11,34 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from models.initializers import normal
+from models.linear import linear
 from models.side import Sides
 from models.variables import param
 from partitioning import constrain
 
+
+@jax.custom_jvp
+def gelu(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """x * Phi(x), Phi the normal distribution function, by erf: `jax.nn.gelu` takes erfc, which costs several times more.
+
+    Source: "Gaussian Error Linear Units", Hendrycks and Gimpel, 2016.
+    Differs: nothing known.
+    """
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    # One array is kept for the backward pass, the slope; by the chain rule it would be three.
+    (x,), (t,) = primals, tangents
+    below = 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+    slope = below + x * jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+    return x * below, t * slope
+
+
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
@@ -61,9 +83,9 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Float[Array, "B S D"], present: Float[Array, "B S"]) -> tuple[Float[Array, "B S D"], Sides]:
         """Transforms every token; a dense layer has no side terms."""
         cast = lambda p: p.get_value().astype(x.dtype)  # noqa: E731
-        inner = x @ cast(self.inner)
+        inner = linear(x, cast(self.inner))
         inner = inner if self.inner_bias is None else inner + cast(self.inner_bias)
         inner = constrain(ACTIVATIONS[self.activation](inner), "batch", "length", "mlp")
-        inner = inner if self.gate is None else inner * (x @ cast(self.gate))
-        out = inner @ cast(self.outer)
+        inner = inner if self.gate is None else inner * (linear(x, cast(self.gate)))
+        out = linear(inner, cast(self.outer))
         return (out if self.outer_bias is None else out + cast(self.outer_bias)), {}

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from models.feed_forward import ACTIVATIONS, Activation
 from models.initializers import normal
+from models.linear import linear
 from models.norms import LayerNorm
 from models.variables import param
 from models.vocabulary import Vocabulary
@@ -87,6 +88,6 @@ class TiedHead(nnx.Module):
         """The scores of `hidden` against the rows of `table`."""
         cast = lambda p: p.get_value().astype(hidden.dtype)  # noqa: E731
         if self.dense is not None and self.norm is not None:
-            hidden = self.norm(ACTIVATIONS[self.activation](hidden @ cast(self.dense) + cast(self.dense_bias)))
+            hidden = self.norm(ACTIVATIONS[self.activation](linear(hidden, cast(self.dense)) + cast(self.dense_bias)))
         bias: Any = None if self.bias is None else self.bias.get_value()
         return Scores(hidden, table.astype(hidden.dtype), bias, self.size)

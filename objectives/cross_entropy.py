@@ -50,11 +50,17 @@ def cross_entropy(
       tokens_per_chunk: about how many targets' logits are held at once.
     """
     rows, length = targets.shape
-    per_row = max(1, min(length, tokens_per_chunk // max(rows, 1)))
+    per_row = _per_row(rows, length, tokens_per_chunk)
     total, each, hit = _chunked(
         scores.hidden, scores.table, scores.bias, weight, targets, scores.size, float(smoothing), float(z), per_row
     )
     return TokenLosses(total, each, hit)
+
+
+def _per_row(rows: int, length: int, tokens: int) -> int:
+    """Targets of each row in a chunk: as few chunks as the limit allows, all of one size, with little padding."""
+    most = max(1, min(length, tokens // max(rows, 1)))
+    return -(-length // -(-length // most))
 
 
 def _chunk_terms(hidden, table, bias, weight, targets, size, smoothing, z):
@@ -151,7 +157,7 @@ def in_chunks(
       tokens_per_chunk: about how many targets are in one chunk.
     """
     rows, length = hidden.shape[:2]
-    per_row = max(1, min(length, tokens_per_chunk // max(rows, 1)))
+    per_row = _per_row(rows, length, tokens_per_chunk)
     chunks = tuple(_split(x, per_row) for x in (hidden, *by_target))
     body = jax.checkpoint(lambda _, chunk: (None, one(*chunk)), prevent_cse=False)
     return _join(jax.lax.scan(body, None, chunks)[1], length)

@@ -8,3 +8,4 @@ from partitioning.rules import constrain as constrain
 from partitioning.rules import data as data
 from partitioning.rules import fsdp as fsdp
 from partitioning.rules import fsdp_tensor as fsdp_tensor
+from partitioning.rules import is_cut as is_cut

@@ -167,6 +167,12 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(placement.mesh, spec))
 
 
+def is_cut(name: str) -> bool:
+    """Whether the rules in scope cut activations along a logical axis over several devices."""
+    placement = _SCOPE.get()
+    return placement is not None and any(placement.mesh.shape[p] > 1 for p in placement.rules.activations.get(name, ()))
+
+
 def table(**places: tuple[str, ...]) -> Table:
     """A whole table: the axes that are named go where it says, every other axis of the vocabulary is not sharded."""
     return dict.fromkeys(AXES, ()) | places

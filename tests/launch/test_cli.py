@@ -41,6 +41,11 @@ def house(workshop, monkeypatch, tmp_path):
             """Note the call."""
             asked.append((self, out))
 
+        def prepare(self, *, overwrite, report):
+            """Note the call."""
+            asked.append(overwrite)
+            report("there: prepared")
+
     Run.__module__ = "training"
     Run.__qualname__ = "Run"
     monkeypatch.setattr(training, "Run", Run, raising=False)
@@ -88,23 +93,12 @@ def test_prepare(house, monkeypatch, capsys):
     assert capsys.readouterr().out == "in python_docs\nin text.txt\n"
 
 
-def test_prepare_what_a_configuration_reads(house, monkeypatch, tmp_path, capsys):
-    import training
-
-    class Text:
-        """Data that prepares itself."""
-
-        def prepare(self, *, overwrite):
-            """Note the call."""
-            house.append(overwrite)
-            return "there"
-
-    monkeypatch.setattr(training.Run, "data", Text(), raising=False)
+def test_prepare_what_a_configuration_reads(house, tmp_path, capsys):
     # Not built abstractly, as that may need the data: so a model's bindings are not counted as unused either.
     (tmp_path / "x.gin").write_text(ENOUGH + "training.Run.model = @workshop.Trunk\nworkshop.Trunk.layers = 1\n")
     assert trusted("prepare", "x.gin") == 0
     assert house == [False]
-    assert capsys.readouterr().out == "there\n"
+    assert capsys.readouterr().out == "there: prepared\n"
 
 
 def test_evaluate_reads_the_saved_configuration(house, tmp_path, capsys):

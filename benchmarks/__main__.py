@@ -1,0 +1,24 @@
+"""`python -m benchmarks [name ...]`: runs the benchmarks one after the other and writes `benchmarks/RESULTS.md`."""
+
+import importlib
+import os
+import sys
+
+from benchmarks.harness import ENVIRONMENT
+
+NAMES = ("bert_step", "host_overhead", "compile_time", "cross_entropy", "reader")
+
+
+def main() -> None:
+    """Runs those that are named, all by default."""
+    chosen = sys.argv[1:] or list(NAMES)
+    unknown = [name for name in chosen if name not in NAMES]
+    if unknown:
+        sys.exit(f"python -m benchmarks: no benchmark {unknown[0]!r}: expected {', '.join(NAMES)}")
+    os.environ.update(ENVIRONMENT)
+    for name in chosen:
+        importlib.import_module(f"benchmarks.{name}").main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Products of hidden states with weights."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from partitioning import is_cut
+
+
+def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D *F"]) -> Float[Array, "..."]:
+    """y_bf = sum_d x_bd kernel_df, over tokens as one long dimension.
+
+    The kernel's gradient sums over every dimension of the tokens. With one such dimension the compiler multiplies what is
+    there; with two, XLA for CPU first writes transposed copies of both sides. Where a mesh cuts the rows they stay cut, as
+    the first of the joined dimensions; where it cuts the length too, joining would gather it, and nothing is joined.
+
+    Args:
+      x: hidden states, `[..., D]`.
+      kernel: `[D, ...]`.
+    """
+    lead, trail = x.shape[:-1], kernel.shape[1:]
+    if len(lead) < 2 or is_cut("length"):
+        return jnp.tensordot(x, kernel, axes=1)
+    return jnp.tensordot(x.reshape(math.prod(lead), x.shape[-1]), kernel, axes=1).reshape(*lead, *trail)

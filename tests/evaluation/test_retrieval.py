@@ -1,0 +1,75 @@
+"""Retrieval: the measure and the search by brute force, and the evaluator on a collection with a known answer."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+import data
+from evaluation import Retrieval, ndcg
+from evaluation.search import top
+from partitioning import UserError
+
+
+def test_ndcg_by_hand():
+    judged = {"a": 3, "b": 2, "c": 1}
+    assert ndcg(["a", "b", "c"], judged) == pytest.approx(1.0)
+    ideal = 3 + 2 / np.log2(3) + 1 / 2
+    assert ndcg(["x", "a", "c"], judged) == pytest.approx((3 / np.log2(3) + 1 / 2) / ideal)
+    assert ndcg(["x", "y"], judged) == 0
+    assert ndcg(["a"], {}) == 0
+    # Depth cuts the ranking and the ideal alike.
+    assert ndcg(["b", "a"], judged, k=1) == pytest.approx(2 / 3)
+
+
+def test_the_best_ranking_has_the_highest_ndcg():
+    judged = {"a": 2, "b": 1, "d": 1}
+    values = {order: ndcg(order, judged, k=3) for order in itertools.permutations("abcd")}
+    best = max(values.values())
+    assert best == pytest.approx(1.0)
+    assert {"".join(o) for o, v in values.items() if v > best - 1e-9} == {"abdc", "adbc"}
+
+
+@pytest.mark.parametrize("chunk", [3, 7, 100])
+def test_search_by_brute_force(chunk):
+    rng = np.random.default_rng(0)
+    # Whole numbers: sums are exact, and there are ties.
+    queries, documents = (rng.integers(-2, 3, (n, 4)).astype(np.float32) for n in (5, 23))
+    scores, numbers = top(queries, documents, 6, chunk=chunk)
+    every = queries @ documents.T
+    expected = np.argsort(-every, axis=1, kind="stable")[:, :6]
+    np.testing.assert_array_equal(numbers, expected)
+    np.testing.assert_array_equal(scores, np.take_along_axis(every, expected, axis=1))
+    assert top(queries, documents[:2], 6)[1].shape == (5, 2)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Each query has a document of the same words, which any encoder puts at distance 0."""
+    words = ["open a file", "sort a list of numbers", "parse the date", "close the socket", "join two paths"]
+    corpus = {f"d{i}": text for i, text in enumerate(words)}
+    queries = {f"q{i}": text for i, text in enumerate(words)}
+    data.Retrieval(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(5)}).save(tmp_path, "test")
+    return str(tmp_path)
+
+
+def test_equal_texts_are_found(judge, folder):
+    evaluator = Retrieval(folder=folder, split="test", length=32, batch_size=3)
+    assert judge(evaluator) == {"retrieval/ndcg@10": pytest.approx(1.0)}
+    assert judge(evaluator, devices=8) == judge(evaluator)
+
+
+def test_an_encoder_that_sees_no_difference_finds_by_number_only(judge, folder):
+    """Zero weights give zero vectors: every query ranks d0, d1, .. and finds its own at its number."""
+    found = judge(Retrieval(folder=folder, split="test", length=32, k=3), scale=0.0)
+    assert found == {"retrieval/ndcg@3": pytest.approx((1 + 1 / np.log2(3) + 1 / 2) / 5)}
+
+
+def test_python_search_is_the_default(judge):
+    (value,) = judge(Retrieval(length=8, batch_size=512)).values()
+    assert 0 <= value < 1
+
+
+def test_an_empty_split(judge, folder):
+    with pytest.raises(UserError, match="no such file"):
+        judge(Retrieval(folder=folder, split="dev"))

@@ -1,0 +1,55 @@
+"""Every shipped config is loaded, shrunk and trained two steps, and opens with a true header."""
+
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch.config import load
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.gin"))
+
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory):
+    """One folder for the caches of all configs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PALMETTE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def shrunk(run):
+    """The same run, two steps a stage and eight short rows."""
+    small = {"batch_size": 8, "length": 32}
+    stages = [replace(stage, steps=2, **{k: v for k, v in small.items() if getattr(stage, k)}) for stage in run.stages]
+    changes = {"stages": stages} if stages else {"steps": 2}
+    objective = run.objective
+    if getattr(objective, "chunked", None):
+        objective = replace(objective, chunked=4)
+    model = partial(run.model, width=32, layers=2)
+    return replace(run, model=model, objective=objective, evaluators=(), accumulate=1, **small, **changes)
+
+
+@pytest.mark.usefixtures("caches")
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_trains_and_says_what_it_is(path, tmp_path):
+    """It resolves with every binding consumed, its loss is a number, and its header names what may be overridden."""
+
+    def exercise(run):
+        run.prepare()
+        run.abstract()
+
+    resolved = load([str(path)], exercise=exercise)
+    figures = shrunk(resolved.value).train(tmp_path / "run")
+    assert np.isfinite(figures["loss"])
+
+    text = " ".join(line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
+    assert re.search(r"\d (s|min)\b", text), "the header gives the measured time"
+    named = re.search(r"Override: ([\w./, ]+)", text)
+    assert named, "the header says what to override"
+    known = {parameter.name for parameter in resolved.available}
+    for name in named[1].rstrip(".").split(", "):
+        assert name.split("/")[-1] in known, f"{name} is nothing that may be overridden"
