@@ -179,10 +179,13 @@ def test_programs_are_kept_where_the_user_has_not_chosen(monkeypatch, tmp_path):
     set_to = {}
     monkeypatch.setattr(jax.config, "update", set_to.__setitem__)
     monkeypatch.setenv("PALMETTE_CACHE", str(tmp_path))
-    # Tests turn the cache off.
+    # The session has chosen a place.
     keep_programs()
     assert set_to == {}
-    with jax._src.config.enable_compilation_cache(True):
+    with jax._src.config.compilation_cache_dir(None):
+        with jax._src.config.enable_compilation_cache(False):
+            keep_programs()
+        assert set_to == {}
         keep_programs()
     assert set_to == {"jax_compilation_cache_dir": str(tmp_path / "xla")}
 
