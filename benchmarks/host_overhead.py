@@ -58,7 +58,7 @@ def step() -> tuple[Callable[[], None], dict[str, Any]]:
     try:
         from launch.config import load
 
-        found = _setup(load([str(QUICKSTART)], []).run)
+        found = _setup(load([str(QUICKSTART)]).value)
     except Exception as error:
         name, run = f"`bert_step`'s ({QUICKSTART.name}: {str(error).splitlines()[0]})", bert()
         found = _setup(run)

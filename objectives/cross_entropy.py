@@ -64,40 +64,41 @@ def _per_row(rows: int, length: int, tokens: int) -> int:
 
 
 def _chunk_terms(hidden, table, bias, weight, targets, size, smoothing, z):
-    """One chunk: losses, hits and d(sum w loss)/d logits."""
+    """One chunk of tokens [T, D]: losses, hits and d(sum w loss)/d logits."""
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    logits = jnp.einsum("bkd,vd->bkv", hidden, table, preferred_element_type=wide)
+    logits = jnp.einsum("td,vd->tv", hidden, table, preferred_element_type=wide)
     logits = logits if bias is None else logits + bias
     if table.shape[0] != size:
         logits = jnp.where(jnp.arange(table.shape[0]) < size, logits, -1e30)
-    top = logits.max(-1, keepdims=True)
-    powers = jnp.exp(logits - top)
-    norm = powers.sum(-1, keepdims=True)
-    lse = (jnp.log(norm) + top)[..., 0]
-    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    top = logits.max(-1)
+    lse = jnp.log(jnp.exp(logits - top[:, None]).sum(-1)) + top
+    target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     each = lse - target
-    hit = (target >= top[..., 0]).astype(wide)
-    pull = (jnp.arange(table.shape[0]) == targets[..., None]).astype(wide)
+    hit = (target >= top).astype(wide)
+    pull = (jnp.arange(table.shape[0]) == targets[:, None]).astype(wide)
     if smoothing:
         real = jnp.arange(table.shape[0]) < size
         each = each + smoothing * (target - jnp.where(real, logits, 0).sum(-1) / size)
         pull = (1 - smoothing) * pull + smoothing * real / size
-    push = powers * ((1 + 2 * z * lse)[..., None] / norm) if z else powers / norm
+    # The powers again and not those of the sum: a pass over the logits in place instead of one more array of their size.
+    push = jnp.exp(logits - lse[:, None])
+    push = push * (1 + 2 * z * lse)[:, None] if z else push
     each = each + z * jnp.square(lse) if z else each
-    return each, hit, (push - pull) * weight[..., None].astype(wide)
+    return each, hit, (push - pull) * weight[:, None].astype(wide)
 
 
 def _split(x, per_row):
-    """[B, K, ...] -> [chunks, B, per_row, ...], padded with zeros."""
+    """[B, K, ...] -> [chunks, B per_row, ...], padded with zeros."""
     pad = -x.shape[1] % per_row
     x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) if pad else x
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, per_row, *x.shape[2:]), 1, 0)
+    chunks = jnp.moveaxis(x.reshape(x.shape[0], -1, per_row, *x.shape[2:]), 1, 0)
+    return chunks.reshape(chunks.shape[0], -1, *x.shape[2:])
 
 
-def _join(x, length):
+def _join(x, rows, length):
     """The inverse of `_split`."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+    x = jnp.moveaxis(x.reshape(x.shape[0], rows, -1, *x.shape[2:]), 0, 1)
+    return x.reshape(rows, -1, *x.shape[3:])[:, :length]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
@@ -110,7 +111,7 @@ def _chunked(hidden, table, bias, weight, targets, size, smoothing, z, per_row):
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     chunks = (_split(hidden, per_row), _split(targets, per_row), _split(weight.astype(wide), per_row))
     total, (each, hit) = jax.lax.scan(one, jnp.zeros((), wide), chunks)
-    return total, _join(each, targets.shape[1]), _join(hit, targets.shape[1])
+    return total, _join(each, *targets.shape), _join(hit, *targets.shape)
 
 
 def _forward(hidden, table, bias, weight, targets, size, smoothing, z, per_row):
@@ -121,18 +122,24 @@ def _forward(hidden, table, bias, weight, targets, size, smoothing, z, per_row):
         h, t, w = chunk
         each, hit, d_logits = _chunk_terms(h, table, bias, w, t, size, smoothing, z)
         small = d_logits.astype(h.dtype)
-        d_hidden = jnp.einsum("bkv,vd->bkd", small, table)
-        d_table = d_table + jnp.einsum("bkv,bkd->vd", small, h, preferred_element_type=wide)
-        d_bias = None if d_bias is None else d_bias + d_logits.sum((0, 1))
+        d_hidden = small @ table
+        d_table = d_table + jnp.einsum("tv,td->vd", small, h, preferred_element_type=wide)
+        d_bias = None if d_bias is None else d_bias + d_logits.sum(0)
         return (total + (each * w).sum(), d_table, d_bias), (each, hit, d_hidden)
 
     start = (jnp.zeros((), wide), jnp.zeros(table.shape, wide), None if bias is None else jnp.zeros(bias.shape, wide))
     chunks = (_split(hidden, per_row), _split(targets, per_row), _split(weight.astype(wide), per_row))
     (total, d_table, d_bias), (each, hit, d_hidden) = jax.lax.scan(one, start, chunks)
+<<<<<<< HEAD
     length = targets.shape[1]
     d_bias = None if bias is None or d_bias is None else d_bias.astype(bias.dtype)
     saved = (_join(d_hidden, length), d_table.astype(table.dtype), d_bias, jnp.zeros(weight.shape, weight.dtype))
     return (total, _join(each, length), _join(hit, length)), saved
+=======
+    d_bias = None if bias is None else d_bias.astype(bias.dtype)
+    saved = (_join(d_hidden, *targets.shape), d_table.astype(table.dtype), d_bias, jnp.zeros(weight.shape, weight.dtype))
+    return (total, _join(each, *targets.shape), _join(hit, *targets.shape)), saved
+>>>>>>> helper-f
 
 
 def _backward(size, smoothing, z, per_row, saved, cotangents):
@@ -176,9 +183,20 @@ def log_probabilities(
       targets: token ids.
       tokens_per_chunk: about how many targets' logits are held at once.
     """
+<<<<<<< HEAD
+=======
+    per_row = _per_row(targets.shape[0], targets.shape[1], tokens_per_chunk)
+>>>>>>> helper-f
 
     def one(hidden, target):
         logits = replace(scores, hidden=hidden).logits()
         return jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
 
+<<<<<<< HEAD
     return in_chunks(one, scores.hidden, targets, tokens_per_chunk=tokens_per_chunk)
+=======
+    _, out = jax.lax.scan(
+        jax.checkpoint(one, prevent_cse=False), None, (_split(scores.hidden, per_row), _split(targets, per_row))
+    )
+    return _join(out, *targets.shape)
+>>>>>>> helper-f
