@@ -167,15 +167,9 @@ class Attention(nnx.Module):
 
     def _project(self, hidden, source):
         """Queries, keys and values; one matrix product where all three have the same source."""
-<<<<<<< HEAD
-        cast = lambda p: None if p is None else p.get_value().astype(hidden.dtype)  # noqa: E731
-        kernels = [p.get_value().astype(hidden.dtype) for p in (self.query, self.key, self.value)]
-        biases = [cast(self.query_bias), cast(self.key_bias), cast(self.value_bias)]
-=======
         cast = lambda p: p.get_value().astype(hidden.dtype)  # noqa: E731
         kernels = [cast(self.query), cast(self.key), cast(self.value)]
         biases = [None if p is None else cast(p) for p in (self.query_bias, self.key_bias, self.value_bias)]
->>>>>>> helper-f
         flat = lambda w: w.reshape(w.shape[0], -1)  # noqa: E731
         if source is hidden and not is_cut("heads"):
             # A split, and not slices: its gradient is one concatenation. Kernels cut by heads stay apart and in place.

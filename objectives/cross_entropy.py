@@ -130,16 +130,14 @@ def _forward(hidden, table, bias, weight, targets, size, smoothing, z, per_row):
     start = (jnp.zeros((), wide), jnp.zeros(table.shape, wide), None if bias is None else jnp.zeros(bias.shape, wide))
     chunks = (_split(hidden, per_row), _split(targets, per_row), _split(weight.astype(wide), per_row))
     (total, d_table, d_bias), (each, hit, d_hidden) = jax.lax.scan(one, start, chunks)
-<<<<<<< HEAD
-    length = targets.shape[1]
-    d_bias = None if bias is None or d_bias is None else d_bias.astype(bias.dtype)
-    saved = (_join(d_hidden, length), d_table.astype(table.dtype), d_bias, jnp.zeros(weight.shape, weight.dtype))
-    return (total, _join(each, length), _join(hit, length)), saved
-=======
     d_bias = None if bias is None else d_bias.astype(bias.dtype)
-    saved = (_join(d_hidden, *targets.shape), d_table.astype(table.dtype), d_bias, jnp.zeros(weight.shape, weight.dtype))
+    saved = (
+        _join(d_hidden, *targets.shape),
+        d_table.astype(table.dtype),
+        d_bias,
+        jnp.zeros(weight.shape, weight.dtype),
+    )
     return (total, _join(each, *targets.shape), _join(hit, *targets.shape)), saved
->>>>>>> helper-f
 
 
 def _backward(size, smoothing, z, per_row, saved, cotangents):
@@ -183,20 +181,13 @@ def log_probabilities(
       targets: token ids.
       tokens_per_chunk: about how many targets' logits are held at once.
     """
-<<<<<<< HEAD
-=======
     per_row = _per_row(targets.shape[0], targets.shape[1], tokens_per_chunk)
->>>>>>> helper-f
 
     def one(hidden, target):
         logits = replace(scores, hidden=hidden).logits()
         return jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
 
-<<<<<<< HEAD
-    return in_chunks(one, scores.hidden, targets, tokens_per_chunk=tokens_per_chunk)
-=======
     _, out = jax.lax.scan(
         jax.checkpoint(one, prevent_cse=False), None, (_split(scores.hidden, per_row), _split(targets, per_row))
     )
     return _join(out, *targets.shape)
->>>>>>> helper-f
