@@ -130,7 +130,7 @@ def _forward(hidden, table, bias, weight, targets, size, smoothing, z, per_row):
     start = (jnp.zeros((), wide), jnp.zeros(table.shape, wide), None if bias is None else jnp.zeros(bias.shape, wide))
     chunks = (_split(hidden, per_row), _split(targets, per_row), _split(weight.astype(wide), per_row))
     (total, d_table, d_bias), (each, hit, d_hidden) = jax.lax.scan(one, start, chunks)
-    d_bias = None if bias is None else d_bias.astype(bias.dtype)
+    d_bias = None if bias is None or d_bias is None else d_bias.astype(bias.dtype)
     saved = (
         _join(d_hidden, *targets.shape),
         d_table.astype(table.dtype),
@@ -151,12 +151,12 @@ _chunked.defvjp(_forward, _backward)
 
 
 def in_chunks(
-    one: Callable[..., Float[Array, "B k"]], hidden: Float[Array, "B K D"], *by_target: Array, tokens_per_chunk: int
-) -> Float[Array, "B K"]:
+    one: Callable[..., Float[Array, T * F]], hidden: Float[Array, "B K D"], *by_target: Array, tokens_per_chunk: int
+) -> Float[Array, "B K *F"]:
     """Applies a function of (hidden, *by_target) to chunks of targets, which the backward pass computes again.
 
     Args:
-      one: from `[B, k, D]` and `[B, k]` arrays to a number for each target; may hold `[B, k, vocab]` inside.
+      one: from `[T, D]` and `[T]` arrays to numbers for each target; may hold `[T, vocab]` inside.
       hidden: states at the targets.
       by_target: arrays `[B, K]`.
       tokens_per_chunk: about how many targets are in one chunk.
@@ -165,7 +165,7 @@ def in_chunks(
     per_row = _per_row(rows, length, tokens_per_chunk)
     chunks = tuple(_split(x, per_row) for x in (hidden, *by_target))
     body = jax.checkpoint(lambda _, chunk: (None, one(*chunk)), prevent_cse=False)
-    return _join(jax.lax.scan(body, None, chunks)[1], length)
+    return _join(jax.lax.scan(body, None, chunks)[1], rows, length)
 
 
 def log_probabilities(
@@ -181,13 +181,9 @@ def log_probabilities(
       targets: token ids.
       tokens_per_chunk: about how many targets' logits are held at once.
     """
-    per_row = _per_row(targets.shape[0], targets.shape[1], tokens_per_chunk)
 
     def one(hidden, target):
         logits = replace(scores, hidden=hidden).logits()
         return jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
 
-    _, out = jax.lax.scan(
-        jax.checkpoint(one, prevent_cse=False), None, (_split(scores.hidden, per_row), _split(targets, per_row))
-    )
-    return _join(out, *targets.shape)
+    return in_chunks(one, scores.hidden, targets, tokens_per_chunk=tokens_per_chunk)

@@ -68,10 +68,10 @@ class EMO(Objective):
             mean = jax.nn.softmax(logits) @ costs[: scores.size].astype(logits.dtype)
             far = 1 - (mean * costs[target]).sum(-1)
             balance = jax.lax.stop_gradient(wrong / jnp.maximum(far, 1e-6))
-            return jnp.stack([0.5 * (wrong + balance * far), wrong, far], axis=2)
+            return jnp.stack([0.5 * (wrong + balance * far), wrong, far], axis=-1)
 
         each, wrong, far = jnp.moveaxis(
-            in_chunks(both, scores.hidden, targets, tokens_per_chunk=self.tokens_per_chunk), 2, 0
+            in_chunks(both, scores.hidden, targets, tokens_per_chunk=self.tokens_per_chunk), -1, 0
         )
         count = weight.sum()
         rows = ((each * weight).sum(1), weight.sum(1))

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from awkward import CASES, TRUNK, build, plain_batch, wide
+from awkward import CASES, TRUNK, build, plain_batch
 
 from models.masks import Causal
 from objectives.draws import draws
@@ -18,7 +18,7 @@ def test_emo_is_half_cross_entropy_and_half_balanced_transport_cost():
     with jax.enable_x64(True):
         case = type(case)(case.objective, model=partial(TRUNK, dtype="float64"))
         trees = Trees.plan(build(case))
-        values = wide(jax.device_get(jax.jit(trees.init)(jax.random.key(0))))
+        values = jax.tree.map(np.float64, jax.device_get(jax.jit(trees.init)(jax.random.key(0))))
         # Costs that are not the embeddings any more.
         values["params"]["trunk/table"] = values["params"]["trunk/table"] + 0.3 * np.sin(
             np.arange(values["params"]["trunk/table"].size).reshape(values["params"]["trunk/table"].shape)
