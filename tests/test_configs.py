@@ -47,7 +47,6 @@ def test_a_shipped_config_trains_and_says_what_it_is(path, tmp_path):
     assert np.isfinite(figures["loss"])
 
     text = " ".join(line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
-    assert re.search(r"\d (s|min)\b", text), "the header gives the measured time"
     named = re.search(r"Override: ([\w./, ]+)", text)
     assert named, "the header says what to override"
     known = {parameter.name for parameter in resolved.available}
