@@ -46,8 +46,7 @@ def test_a_shipped_config_trains_and_says_what_it_is(path, tmp_path):
     figures = shrunk(resolved.value).train(tmp_path / "run")
     assert np.isfinite(figures["loss"])
 
-    text = " ".join(line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
-    named = re.search(r"Override: ([\w./, ]+)", text)
+    named = re.search(r"^# Override: (.+)$", path.read_text(), re.MULTILINE)
     assert named, "the header says what to override"
     known = {parameter.name for parameter in resolved.available}
     for name in named[1].rstrip(".").split(", "):
