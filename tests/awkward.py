@@ -181,7 +181,7 @@ def build(case: Case) -> Callable[[jax.Array], dict[str, Any]]:
 def modules(objective: Objective, model: Callable[..., Trunk] = TRUNK, *, seed: int = 0) -> Models:
     """A model and the objective's companions with random float64 weights: built abstractly, so that nothing compiles."""
     case = Case(objective, model=partial(model, dtype="float64"))
-    made = nnx.eval_shape(lambda: {name: one.module for name, one in build(case)(jax.random.key(0)).items()})
+    made = nnx.eval_shape(lambda: {name: one.module for name, one in build(case)(jax.random.key(0), {}).items()})
     draw = np.random.default_rng(seed)
 
     def fill(leaf: Any) -> Any:
@@ -193,3 +193,8 @@ def modules(objective: Objective, model: Callable[..., Trunk] = TRUNK, *, seed: 
         graph, state = nnx.split(module)
         found[name] = nnx.merge(graph, jax.tree.map(fill, state))
     return Models(found)
+
+
+def wide(tree: Any) -> Any:
+    """Floats as float64, for identities."""
+    return jax.tree.map(lambda x: x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x, tree)

@@ -135,9 +135,9 @@ def test_gpt_bert_is_its_modes_at_either_end(ratio):
 
 
 def test_retromae_shows_its_decoder_the_first_place_and_a_share_of_the_others():
-    """Visible are the document's first place, never the token itself, and others with probability 1 - hide."""
+    """Visible are the document's first place, never the token itself, and others with probability 1 - unseen."""
     batch = put(plain_batch(rows=64))
-    objective = RetroMAE(decoder=UNROTATED, longest=LENGTH, hide=0.3)
+    objective = RetroMAE(decoder=UNROTATED, longest=LENGTH, unseen=0.3)
     asked = {}
 
     def decoder(state, embeddings, positions, *, mask, **call):
