@@ -167,7 +167,12 @@ def choose(rounds: Sequence[Round], wanted: int) -> Paired:
 
 
 def alternate(
-    contestants: Sequence[Contestant], *, wanted: int = 7, turn_seconds: float = 1.0, patience: float = 240.0
+    contestants: Sequence[Contestant],
+    *,
+    wanted: int = 7,
+    turn_seconds: float = 1.0,
+    patience: float = 240.0,
+    times: int | None = None,
 ) -> Paired:
     """Measures contestants in turns until enough rounds were quiet.
 
@@ -176,19 +181,20 @@ def alternate(
       wanted: rounds that must count.
       turn_seconds: about how long a turn takes.
       patience: seconds after which it is over, however few rounds were quiet.
+      times: runs in a turn; None for as many as take `turn_seconds`.
     """
     pids = [c.pid for c in contestants]
     try:
-        times = {}
+        runs = {}
         for c in contestants:
-            c.turn(2)
-            times[c.name] = max(3, round(turn_seconds / max(statistics.median(c.turn(3)), 1e-6)))
+            c.turn(times or 2)
+            runs[c.name] = times or max(3, round(turn_seconds / max(statistics.median(c.turn(3)), 1e-6)))
         rounds: list[Round] = []
         end = time.perf_counter() + patience
         while sum(r.others <= ALLOWED for r in rounds) < wanted and time.perf_counter() < end:
             before, seconds = Reading.now(pids), {}
             for c in contestants:
-                seconds[c.name] = statistics.median(c.turn(times[c.name]))
+                seconds[c.name] = statistics.median(c.turn(runs[c.name]))
             rounds.append(Round(seconds, Reading.now(pids).others_since(before)))
         found = choose(rounds, wanted)
         return Paired(found.kept, found.rejected, found.contended, {c.name: c.facts for c in contestants})
