@@ -39,6 +39,13 @@ def put(batch):
     return {name: jnp.asarray(value) for name, value in batch.items()}
 
 
+def distinct(batch):
+    """The batch with another first token in every text, where all have the same: what a look-up trunk pools."""
+    draw = np.random.default_rng(7)
+    first = lambda x: draw.integers(6, VOCABULARY.size, x.shape[:-1])  # noqa: E731
+    return batch | {k: v.at[..., 0].set(first(v)) for k, v in batch.items() if k.endswith("/tokens")}
+
+
 def key_of(batch, step=0):
     """The draws of a batch's step."""
     return draws(jax.random.key(3), step, batch["row"], len(batch["row"]))

@@ -20,7 +20,7 @@ from awkward import (
     plain_batch,
     preference_batch,
 )
-from probing import Lookup, key_of, leaves, loss_of, put, soft, split, table
+from probing import Lookup, distinct, key_of, leaves, loss_of, put, soft, split, table
 
 from models import Matrix, Output, Scores, Vocabulary
 from objectives import (
@@ -47,7 +47,7 @@ def _float64():
 @pytest.mark.parametrize("chunked", [None, 2, 8])
 def test_info_nce_is_ten_lines_of_numpy(chunked):
     """Loss and gradient, whole and in chunks."""
-    batch, rows = put(pair_batch(rows=ROWS)), table()
+    batch, rows = distinct(put(pair_batch(rows=ROWS))), table()
     objective = InfoNCE(temperature=0.3, pooling="first", chunked=chunked)
     value, gradient = jax.value_and_grad(lambda t: loss_of(objective, Models({"trunk": Lookup(t)}), batch))(rows)
 

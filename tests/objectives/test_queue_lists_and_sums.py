@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from awkward import TRUNK, VOCABULARY, list_batch, modules, pair_batch, plain_batch
 from flax import nnx
-from probing import Lookup, key_of, leaves, loss_of, put, soft, split, table
+from probing import Lookup, distinct, key_of, leaves, loss_of, put, soft, split, table
 
 from models import Buffer
 from models.variables import as_buffers, param
@@ -50,7 +50,7 @@ def test_five_steps_of_a_momentum_queue():
     held = [np.asarray(key) for key in queue.keys.get_value()]
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
     for step in range(5):
-        batch = put(pair_batch(seed=step, rows=ROWS))
+        batch = distinct(put(pair_batch(seed=step, rows=ROWS)))
         loss = objective(models, batch, step=step, key=key_of(batch, step))
         q = unit(student[np.asarray(batch["query/tokens"])[:, 0]])
         k = unit(teacher[np.asarray(batch["positive/tokens"])[:, 0]])
@@ -74,7 +74,7 @@ def test_five_steps_of_a_momentum_queue():
 @pytest.mark.parametrize("temperature", [1.0, 0.25])
 def test_list_net_is_ten_lines_of_numpy(temperature):
     """Invalid candidates count for nothing, lists without a valid one neither; loss and gradient of the scores."""
-    batch = put(list_batch(rows=ROWS))
+    batch = distinct(put(list_batch(rows=ROWS)))
     rows = table()
 
     class Head:
