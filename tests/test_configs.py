@@ -28,7 +28,7 @@ def shrunk(run):
     changes = {"stages": stages} if stages else {"steps": 2}
     objective = run.objective
     if getattr(objective, "chunked", None):
-        objective = replace(objective, chunked=4)
+        objective = replace(objective, chunked=8)
     model = partial(run.model, width=32, layers=2)
     return replace(run, model=model, objective=objective, evaluators=(), accumulate=1, **small, **changes)
 
