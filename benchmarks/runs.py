@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,10 @@ class RandomText:
     Args:
       vocabulary: size.
     """
+
+    # No mixture.
+    names = ()
+    weights = MappingProxyType({})
 
     vocabulary: int
     specials: Specials = SPECIALS
