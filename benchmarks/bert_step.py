@@ -135,7 +135,7 @@ def agreement(steps: int = 4) -> float:
         batch = stage.reader.batch(step, batch_size=32, length=128)
         hide, seen = masked(batch, step)
         used = int(hide.weight[0].sum())
-        as_torch = lambda x: torch.tensor(np.asarray(x), dtype=torch.long)  # noqa: E731
+        as_torch = lambda x: torch.tensor(np.asarray(x), dtype=torch.long)
         places = as_torch(hide.positions[:, :used])
         targets = as_torch(batch["tokens"]).gather(1, places)
         optimizer.zero_grad()
@@ -168,14 +168,14 @@ def load(model: Any, params: dict[str, np.ndarray]) -> None:
     norm(bert.embeddings.LayerNorm, "embedding_norm")
     for i, layer in enumerate(bert.encoder.layer):
         prefix = "trunk/stack/scanned/0"
-        one = lambda name, i=i: params[f"{prefix}/{name}"][i]  # noqa: E731, B023
+        one = lambda name, i=i: params[f"{prefix}/{name}"][i]  # noqa: B023
         attention = layer.attention
         for name in ("query", "key", "value"):
             put(getattr(attention.self, name).weight, one(f"mixer/{name}").reshape(width, -1).T)
             put(getattr(attention.self, name).bias, one(f"mixer/{name}_bias"))
         put(attention.output.dense.weight, one("mixer/out").reshape(-1, width).T)
         put(attention.output.dense.bias, one("mixer/out_bias"))
-        take = lambda x, i=i: x[i]  # noqa: E731
+        take = lambda x, i=i: x[i]
         norm(attention.output.LayerNorm, "stack/scanned/0/mixer_norm", take)
         put(layer.intermediate.dense.weight, one("feed_forward/inner").T)
         put(layer.intermediate.dense.bias, one("feed_forward/inner_bias"))

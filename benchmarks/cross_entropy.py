@@ -47,7 +47,7 @@ def side(chunked: bool, tokens: int) -> tuple[Callable[[], None], dict[str, Any]
 
     program, draw = _program(chunked, tokens), np.random.default_rng(0)
     rows = tokens // LENGTH
-    normal = lambda *shape: jax.device_put(draw.standard_normal(shape, dtype=np.float32) / 16)  # noqa: E731
+    normal = lambda *shape: jax.device_put(draw.standard_normal(shape, dtype=np.float32) / 16)
     hidden, table = normal(rows, LENGTH, WIDTH), normal(VOCABULARY, WIDTH)
     targets = jax.device_put(draw.integers(0, VOCABULARY, (rows, LENGTH), dtype=np.int32))
     return lambda: jax.block_until_ready(program(hidden, table, targets)) and None, {}

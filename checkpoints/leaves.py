@@ -144,7 +144,7 @@ def checksums(flat: Mapping[str, jax.Array]) -> dict[str, str]:
     Returns:
       Name -> 16 hexadecimal digits.
     """
-    whole = lambda at: NamedSharding(at.mesh, PartitionSpec()) if isinstance(at, NamedSharding) else None  # noqa: E731
+    whole = lambda at: NamedSharding(at.mesh, PartitionSpec()) if isinstance(at, NamedSharding) else None
     # Each is waited for: many small programs with collectives in flight at once are more than fake devices bear.
     sums = {name: jax.device_get(_checksum_on(whole(leaf.sharding))(leaf)) for name, leaf in flat.items()}
     return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in sorted(sums.items())}

@@ -84,7 +84,7 @@ class MaskedLikelihood:
             hidden = trunk(seen, segments=segments, positions=positions, mask=Bidirectional()).hidden
             targets = hide.gather(batch["tokens"])
             found = cross_entropy(trunk.scores(hide.gather(hidden)), targets, hide.weight)
-            total = lambda value: (value * hide.weight).sum(1)  # noqa: E731
+            total = lambda value: (value * hide.weight).sum(1)
             out = {
                 "nats": total(found.each),
                 "hits": total(found.hit),

@@ -65,7 +65,7 @@ class PseudoPerplexity:
             trunk = models(**arrays).trunk
             tokens = batch["tokens"]
             counted = ((batch["segments"] > 0) & ~trunk.vocabulary.is_special(tokens)).astype(jnp.float32)
-            copied = lambda x: jnp.repeat(x, width, axis=0)  # noqa: E731
+            copied = lambda x: jnp.repeat(x, width, axis=0)
             segments, positions = copied(batch["segments"]), copied(batch["positions"])
 
             def some(nats: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:

@@ -45,7 +45,7 @@ def xla(
     bias: Float[Array, "#B #H Q S"] | None,
 ) -> Float[Array, "B Q H K"]:
     """The same for training: scores in float32 whatever the inputs; of the weights one array is kept for the gradient."""
-    heads_first = lambda x: x.transpose(0, 2, 1, 3)  # noqa: E731
+    heads_first = lambda x: x.transpose(0, 2, 1, 3)
     q, k, v = heads_first(q * q.shape[-1] ** -0.5), heads_first(k), heads_first(v)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=wide)
@@ -167,10 +167,10 @@ class Attention(nnx.Module):
 
     def _project(self, hidden, source):
         """Queries, keys and values; one matrix product where all three have the same source."""
-        cast = lambda p: p.get_value().astype(hidden.dtype)  # noqa: E731
+        cast = lambda p: p.get_value().astype(hidden.dtype)
         kernels = [cast(self.query), cast(self.key), cast(self.value)]
         biases = [None if p is None else cast(p) for p in (self.query_bias, self.key_bias, self.value_bias)]
-        flat = lambda w: w.reshape(w.shape[0], -1)  # noqa: E731
+        flat = lambda w: w.reshape(w.shape[0], -1)
         if source is hidden and not is_cut("heads"):
             # A split, and not slices: its gradient is one concatenation. Kernels cut by heads stay apart and in place.
             sizes = [math.prod(w.shape[1:]) for w in kernels]

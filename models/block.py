@@ -80,9 +80,9 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "B S D"], context: Context) -> tuple[Float[Array, "B S D"], Sides, Any]:
         """Returns the new states, the side terms and the new cache entry."""
         present = context.segments > 0
-        fold = lambda n: None if context.keys is None else jax.vmap(lambda k: jax.random.fold_in(k, n))(context.keys)  # noqa: E731
-        drop = lambda branch, n: dropout(branch, self.dropout, fold(n))  # noqa: E731
-        place = lambda y: constrain(y, "batch", "length", "embed")  # noqa: E731
+        fold = lambda n: None if context.keys is None else jax.vmap(lambda k: jax.random.fold_in(k, n))(context.keys)
+        drop = lambda branch, n: dropout(branch, self.dropout, fold(n))
+        place = lambda y: constrain(y, "batch", "length", "embed")
         if self.placement == "pre":
             mixed, cache = self.mixer(self.mixer_norm(x), context)
             x = place(x + drop(mixed, 0))

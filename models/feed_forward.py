@@ -82,7 +82,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"], present: Float[Array, "B S"]) -> tuple[Float[Array, "B S D"], Sides]:
         """Transforms every token; a dense layer has no side terms."""
-        cast = lambda p: p.get_value().astype(x.dtype)  # noqa: E731
+        cast = lambda p: p.get_value().astype(x.dtype)
         inner = linear(x, cast(self.inner))
         inner = inner if self.inner_bias is None else inner + cast(self.inner_bias)
         inner = constrain(ACTIVATIONS[self.activation](inner), "batch", "length", "mlp")

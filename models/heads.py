@@ -86,7 +86,7 @@ class TiedHead(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "*B D"], table: Float[Array, "V D"]) -> Scores:
         """The scores of `hidden` against the rows of `table`."""
-        cast = lambda p: p.get_value().astype(hidden.dtype)  # noqa: E731
+        cast = lambda p: p.get_value().astype(hidden.dtype)
         if self.dense is not None and self.norm is not None:
             hidden = self.norm(ACTIVATIONS[self.activation](linear(hidden, cast(self.dense)) + cast(self.dense_bias)))
         bias: Any = None if self.bias is None else self.bias.get_value()

@@ -67,8 +67,8 @@ class Stack(nnx.Module):
         repetitions = repetitions if repetitions > 1 else 0
         self.first, self.period, self.repetitions = first, period, repetitions
         base = rngs.params()
-        factory = lambda i: head[i] if i < first else pattern[(i - first) % period]  # noqa: E731
-        build = lambda i, key: factory(i)(width, rngs=nnx.Rngs(key))  # noqa: E731
+        factory = lambda i: head[i] if i < first else pattern[(i - first) % period]
+        build = lambda i, key: factory(i)(width, rngs=nnx.Rngs(key))
         scanned: dict[str, Block] = {}
         for k in range(first, first + period) if repetitions else ():
             indices = jnp.arange(k, k + repetitions * period, period)
@@ -226,7 +226,7 @@ def restack(flat: Mapping[str, Any], names: Mapping[str, tuple[str, ...]]) -> di
     Raises:
       KeyError: a layer that is not in `flat`.
     """
-    join = lambda *layers: jnp.stack(layers)  # noqa: E731
+    join = lambda *layers: jnp.stack(layers)
     return {
         name: flat[name] if layers == (name,) else jax.tree.map(join, *(flat[layer] for layer in layers))
         for name, layers in names.items()

@@ -182,7 +182,7 @@ class Trunk(nnx.Module):
         query = Tokens(start + jnp.arange(x.shape[1], dtype=jnp.int32), segments, positions)
         key, entries = query, None
         if cache is not None:
-            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)  # noqa: E731
+            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
             key = Tokens(
                 jnp.arange(cache["segments"].shape[1], dtype=jnp.int32),
                 write(cache["segments"], segments),

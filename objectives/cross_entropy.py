@@ -143,7 +143,7 @@ def _forward(hidden, table, bias, weight, targets, size, smoothing, z, per_row):
 def _backward(size, smoothing, z, per_row, saved, cotangents):
     d_hidden, d_table, d_bias, d_weight = saved
     g = cotangents[0]
-    scale = lambda x: None if x is None else (x * g).astype(x.dtype)  # noqa: E731
+    scale = lambda x: None if x is None else (x * g).astype(x.dtype)
     return scale(d_hidden), scale(d_table), scale(d_bias), d_weight, None
 
 

@@ -34,7 +34,7 @@ class Generator(nnx.Module):
 
     def __call__(self, embeddings: Float[Array, "B S D"], **call: Any) -> Output:
         """The inner trunk's output, its states projected to the width of the embeddings."""
-        cast = lambda p: p.get_value().astype(embeddings.dtype)  # noqa: E731
+        cast = lambda p: p.get_value().astype(embeddings.dtype)
         out = self.inner(embeddings=embeddings @ cast(self.down), **call)
         return dataclasses.replace(out, hidden=out.hidden @ cast(self.up))
 

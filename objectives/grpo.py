@@ -54,7 +54,7 @@ class GRPO(Objective):
     def prepare(self, models, batch, *, step, key):
         """Samples, their rewards and their advantages."""
         rows = batch["row"].shape[0]
-        again = lambda x: jnp.repeat(x, self.samples, axis=0)  # noqa: E731
+        again = lambda x: jnp.repeat(x, self.samples, axis=0)
         drawn = sample(
             models.trunk,
             again(batch["prompt/tokens"]),
@@ -64,10 +64,10 @@ class GRPO(Objective):
             temperature=self.temperature,
         )
         shape = jax.ShapeDtypeStruct((rows * self.samples,), jnp.float32)
-        judge = lambda tokens, mask: np.asarray(self.reward(np.asarray(tokens), np.asarray(mask)), np.float32)  # noqa: E731
+        judge = lambda tokens, mask: np.asarray(self.reward(np.asarray(tokens), np.asarray(mask)), np.float32)
         reward = jax.pure_callback(judge, shape, drawn.tokens, drawn.drawn).reshape(rows, self.samples)
         spread = reward.std(1, keepdims=True) + 1e-4
-        group = lambda x: x.reshape(rows, self.samples, *x.shape[1:])  # noqa: E731
+        group = lambda x: x.reshape(rows, self.samples, *x.shape[1:])
         return batch | {
             "grpo/tokens": group(drawn.tokens),
             "grpo/segments": group(drawn.segments),
@@ -80,7 +80,7 @@ class GRPO(Objective):
 
     def __call__(self, models, batch, *, step, key):
         """See `Objective.__call__`."""
-        flat = lambda name: batch[f"grpo/{name}"].reshape(-1, *batch[f"grpo/{name}"].shape[2:])  # noqa: E731
+        flat = lambda name: batch[f"grpo/{name}"].reshape(-1, *batch[f"grpo/{name}"].shape[2:])
         tokens, drawn = flat("tokens"), flat("drawn")
         out = models.trunk(tokens, segments=flat("segments"), positions=flat("positions"), mask=Causal())
         # A continuation's first token is predicted at the prompt's end, which may lie before padding.

@@ -46,7 +46,7 @@ class TokenLoss:
 
 def shifted(batch: dict[str, Array], field: str = "tokens") -> tuple[Int[Array, "B S"], Float[Array, "B S"]]:
     """Next-token targets and their weights: 1 where the next token is in the same document, times `loss_mask`'s value there."""
-    following = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
+    following = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
     tokens, segments = batch[field], batch["segments"]
     weight = ((following(segments) == segments) & (segments > 0)).astype(jnp.float32)
     if "loss_mask" in batch:

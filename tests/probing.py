@@ -42,7 +42,7 @@ def put(batch):
 def distinct(batch):
     """The batch with another first token in every text, where all have the same: what a look-up trunk pools."""
     draw = np.random.default_rng(7)
-    first = lambda x: draw.integers(6, VOCABULARY.size, x.shape[:-1])  # noqa: E731
+    first = lambda x: draw.integers(6, VOCABULARY.size, x.shape[:-1])
     return batch | {k: v.at[..., 0].set(first(v)) for k, v in batch.items() if k.endswith("/tokens")}
 
 

@@ -143,7 +143,7 @@ class Plan:
 
     def targets(self) -> State:
         """The abstract state with shardings: what a restore fills."""
-        place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+        place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         return jax.tree.map(place, self.state, self.shardings)
 
     def init(self) -> State:
@@ -267,5 +267,5 @@ def _check(part: Part, reader: Any, placement: Placement, last: int) -> None:
 
 def _alike(one: Any, other: Any) -> bool:
     """Whether two trees have one structure and the same shapes."""
-    shapes = lambda tree: [(jax.tree_util.keystr(k), x.shape) for k, x in jax.tree_util.tree_leaves_with_path(tree)]  # noqa: E731
+    shapes = lambda tree: [(jax.tree_util.keystr(k), x.shape) for k, x in jax.tree_util.tree_leaves_with_path(tree)]
     return shapes(one) == shapes(other)

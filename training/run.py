@@ -141,7 +141,7 @@ class Run:
     def parts(self) -> list[Part]:
         """The stages with every value filled in."""
         whole = [Stage(steps=self.steps)] if self.steps is not None else list(self.stages)
-        either = lambda own, ours: ours if own is None else own  # noqa: E731
+        either = lambda own, ours: ours if own is None else own
         return [
             Part(
                 steps=stage.steps,

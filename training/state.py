@@ -46,7 +46,7 @@ class State:
 
 def abstract_state(trees: Trees, tx: optax.GradientTransformation, *, average: bool, guard: Any) -> State:
     """The state as shapes."""
-    pick = lambda kind: {name: trees.shapes[name] for name in trees.of_kind(kind)}  # noqa: E731
+    pick = lambda kind: {name: trees.shapes[name] for name in trees.of_kind(kind)}
     params = pick("params")
     return State(
         step=jax.ShapeDtypeStruct((), jnp.int32),
@@ -62,11 +62,11 @@ def abstract_state(trees: Trees, tx: optax.GradientTransformation, *, average: b
 def state_shardings(state: State, trees: Trees, placement: Placement) -> State:
     """A sharding for every leaf: moments follow their parameters, counters are on every device."""
     leaves = trees.shardings(placement)
-    follow = lambda flat: {name: leaves[name] for name in flat}  # noqa: E731
+    follow = lambda flat: {name: leaves[name] for name in flat}
     axes = {name: trees.axes[name] for name in state.params}
     names = state_axes(state.optimizer, axes, state.params)
-    place = lambda leaf, a: placement.parameter(a, leaf.shape, "optimizer state")  # noqa: E731
-    everywhere = lambda tree: jax.tree.map(lambda _: placement.replicated, tree)  # noqa: E731
+    place = lambda leaf, a: placement.parameter(a, leaf.shape, "optimizer state")
+    everywhere = lambda tree: jax.tree.map(lambda _: placement.replicated, tree)
     return State(
         step=placement.replicated,
         params=follow(state.params),
@@ -102,13 +102,13 @@ def _entry(x: Any, r: int) -> Any:
 
 def by_group(tree: Any, like: Any, names: Mapping[str, tuple[str, ...]]) -> Any:
     """The inverse of `by_index`, into the grouping of `like` (arrays or shapes)."""
-    regroup = lambda target, flat: restack(flat, {name: names[name] for name in target})  # noqa: E731
+    regroup = lambda target, flat: restack(flat, {name: names[name] for name in target})
     return _map_flat(regroup, like, names, tree)
 
 
 def _map_flat(function: Callable[..., Any], tree: Any, names: Mapping[str, Any], *rest: Any) -> Any:
     """Applies `function` to every dict of leaves; `rest` are trees alike outside those dicts."""
-    again = lambda node, *others: _map_flat(function, node, names, *others)  # noqa: E731
+    again = lambda node, *others: _map_flat(function, node, names, *others)
     if isinstance(tree, Mapping):
         if tree and all(name in names for name in tree):
             return function(tree, *rest)

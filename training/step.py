@@ -124,8 +124,8 @@ class Step:
             return gradients, stats, rows
         shared = {k: v for k, v in batch.items() if k.startswith(SHARED)}
         parts = {k: self._parts(v) for k, v in batch.items() if k not in shared}
-        add = lambda a, b: jax.tree.map(jnp.add, a, b)  # noqa: E731
-        zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)  # noqa: E731
+        add = lambda a, b: jax.tree.map(jnp.add, a, b)
+        zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
         first = {k: v[0] for k, v in parts.items()}
         start = zeros(jax.eval_shape(weights, first | shared))
         over, _ = jax.lax.scan(lambda total, part: (add(total, weights(part | shared)), None), start, parts)
@@ -165,14 +165,14 @@ def divisors(loss: Loss, models: Models) -> Stats:
 def weighed(loss: Loss, models: Models, over: Mapping[str, Array]) -> Float[Array, ""]:
     """The loss of these rows, given the divisors of the whole batch; summed over micro-batches it is the batch's."""
     # An empty term is 0 / 0 and counts as 0.
-    safe = lambda w: jnp.where(w == 0, 1, w)  # noqa: E731
+    safe = lambda w: jnp.where(w == 0, 1, w)
     total: Any = 0.0
     for name, term in loss.terms.items():
         if not (isinstance(term.coefficient, (int, float)) and term.coefficient == 0):
             total = total + term.coefficient * term.total / safe(over[f"{name}/weight"])
     for name, side in _sides(models).items():
         if side.coefficient:
-            divide = lambda x, w: x / safe(w).reshape(w.shape + (1,) * (x.ndim - w.ndim))  # noqa: E731
+            divide = lambda x, w: x / safe(w).reshape(w.shape + (1,) * (x.ndim - w.ndim))
             part = divide(side.total, over[f"{name}/weight"])
             if side.fixed is not None:
                 part = part * divide(over[f"{name}/fixed"], over[f"{name}/weight"])
@@ -187,7 +187,7 @@ def sums(loss: Loss, models: Models, batch: Batch, sources: int) -> Stats:
     if sources:
         for name, term in loss.terms.items():
             if term.rows is not None:
-                by_source = lambda x: jax.ops.segment_sum(x, batch["source"], sources)  # noqa: E731
+                by_source = lambda x: jax.ops.segment_sum(x, batch["source"], sources)
                 out[f"source/{name}/total"], out[f"source/{name}/weight"] = map(by_source, term.rows)
     return out
 

@@ -73,7 +73,7 @@ def sample(
 
     start = (last, out.cache, jnp.ones((rows,), bool))
     _, (token, here, place, drawn, chosen) = jax.lax.scan(draw, start, jnp.arange(length))
-    join = lambda first, then: jnp.concatenate([first, then.T.astype(first.dtype)], axis=1)  # noqa: E731
+    join = lambda first, then: jnp.concatenate([first, then.T.astype(first.dtype)], axis=1)
     nothing = jnp.zeros((rows, prompt), chosen.dtype)
     return Samples(
         join(tokens, token), join(segments, here), join(positions, place), join(nothing, drawn), join(nothing, chosen)

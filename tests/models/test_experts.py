@@ -64,7 +64,7 @@ def test_output_and_side_terms_are_ten_lines_of_numpy(top_k):
     graph, state = layer(top_k=top_k, balance=0.02, z=0.005)
     out, sides = jax.jit(lambda state, x: nnx.merge(graph, state)(x, present))(state, x)
     router, inner, gate, outer = (np.asarray(state[name].get_value()) for name in ("router", "inner", "gate", "outer"))
-    silu = lambda v: v / (1 + np.exp(-v))  # noqa: E731
+    silu = lambda v: v / (1 + np.exp(-v))
     expected, chosen, mean, z = np.zeros(out.shape), np.zeros(E), np.zeros(E), 0.0
     for place in np.ndindex(B, S):
         v = np.asarray(x)[place]

@@ -112,7 +112,7 @@ def trunk(pattern="plain", backend="xla", scan=True, feed_forward=None, remat="n
     )
     graph, state = nnx.split(made)
     draw = np.random.default_rng(1)
-    fill = lambda x: jnp.asarray(0.5 * draw.standard_normal(x.shape))  # noqa: E731
+    fill = lambda x: jnp.asarray(0.5 * draw.standard_normal(x.shape))
     return graph, jax.tree.map(fill, state)
 
 
@@ -173,11 +173,11 @@ def test_influence_is_exactly_what_the_masks_allow(backend, scan, pattern):
     draw = np.random.default_rng(2)
     x = jnp.asarray(draw.standard_normal((ROWS, S, D)))
     tangents = jnp.asarray(draw.standard_normal((S, D)))
-    one_hot = lambda s: jnp.zeros((S, D)).at[s].set(tangents[s]) + jnp.zeros((ROWS, 1, 1))  # noqa: E731
+    one_hot = lambda s: jnp.zeros((S, D)).at[s].set(tangents[s]) + jnp.zeros((ROWS, 1, 1))
 
     @jax.jit
     def influence(state, x):
-        run = lambda x: call(graph, state, embeddings=x)  # noqa: E731
+        run = lambda x: call(graph, state, embeddings=x)
         forward = jax.vmap(lambda k: jax.jvp(run, (x,), (one_hot(k),))[1])(jnp.arange(S))
         out, back = jax.vjp(run, x)
         backward = jax.vmap(lambda q: back(one_hot(q))[0])(jnp.arange(S))

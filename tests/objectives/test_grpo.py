@@ -50,8 +50,8 @@ def policy():
         def run(states):
             prepared = objective.prepare(models(states), batch, step=0, key=key_of(batch))
             level = prepared | {"grpo/advantage": 0 * prepared["grpo/advantage"]}
-            call = lambda s, p: objective(models(s), p, step=0, key=key_of(batch)).terms["grpo"]  # noqa: E731
-            loss = lambda p: jax.grad(lambda s: call(s, p).total / call(s, p).weight)(states)  # noqa: E731
+            call = lambda s, p: objective(models(s), p, step=0, key=key_of(batch)).terms["grpo"]
+            loss = lambda p: jax.grad(lambda s: call(s, p).total / call(s, p).weight)(states)
             return (
                 prepared,
                 fresh(models(states), prepared),

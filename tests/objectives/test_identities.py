@@ -57,7 +57,7 @@ def test_info_nce_is_ten_lines_of_numpy(chunked):
     share = soft(a @ b.T / 0.3)
     loss = -np.log(np.diag(share)).mean()
     push = (share - np.eye(ROWS)) / 0.3 / ROWS
-    back = lambda v, u, d: (d - u * (u * d).sum(1, keepdims=True)) / np.linalg.norm(v, axis=1, keepdims=True)  # noqa: E731
+    back = lambda v, u, d: (d - u * (u * d).sum(1, keepdims=True)) / np.linalg.norm(v, axis=1, keepdims=True)
     expected = np.zeros_like(rows)
     np.add.at(expected, q, back(x, a, push @ b))
     np.add.at(expected, p, back(y, b, push.T @ a))
@@ -70,7 +70,7 @@ def test_dpo_at_the_reference_is_log_two(smoothing):
     """Whatever the batch; and its gradient is beta / 2 times that of the margin of log-probabilities, smoothing apart."""
     batch, rows, out = put(preference_batch(rows=ROWS)), table(), table(1)
     objective = DPO(beta=0.7, smoothing=smoothing)
-    same = lambda t: Models({"trunk": Lookup(t, out), "reference": Lookup(rows, out)})  # noqa: E731
+    same = lambda t: Models({"trunk": Lookup(t, out), "reference": Lookup(rows, out)})
     value, gradient = jax.value_and_grad(lambda t: loss_of(objective, same(t), batch))(rows)
     np.testing.assert_allclose(value, np.log(2), rtol=1e-12)
 
@@ -97,7 +97,7 @@ def test_electra_never_teaches_the_generator_what_the_discriminator_finds():
 
     found = {name: leaves(value) for name, value in jax.jit(jax.jacrev(terms))(states).items()}
     moved = {term: {name for name, g in of.items() if np.abs(g).max() > 0} for term, of in found.items()}
-    trees = lambda names: {name.split("/")[0] for name in names}  # noqa: E731
+    trees = lambda names: {name.split("/")[0] for name in names}
     assert trees(moved["rtd"]) == {"trunk", "discriminator"}
     assert trees(moved["mlm"]) == {"trunk", "generator"}
     assert {name for name in moved["mlm"] if name.startswith("trunk")} == {"trunk/table"}

@@ -48,7 +48,7 @@ def test_five_steps_of_a_momentum_queue():
     assert not nnx.to_flat_state(nnx.state(models.module("teacher"), nnx.Param))
     student = teacher = np.asarray(table())
     held = [np.asarray(key) for key in queue.keys.get_value()]
-    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
     for step in range(5):
         batch = distinct(put(pair_batch(seed=step, rows=ROWS)))
         loss = objective(models, batch, step=step, key=key_of(batch, step))
@@ -86,7 +86,7 @@ def test_list_net_is_ten_lines_of_numpy(temperature):
 
     weight = jnp.asarray(np.random.default_rng(1).standard_normal(6))
     objective = ListNet(temperature=temperature)
-    run = lambda w: loss_of(objective, Models({"trunk": Lookup(rows), "relevance": Head(w)}), batch)  # noqa: E731
+    run = lambda w: loss_of(objective, Models({"trunk": Lookup(rows), "relevance": Head(w)}), batch)
     value, gradient = jax.value_and_grad(run)(weight)
     x = np.asarray(rows)[np.asarray(batch["candidates/tokens"])[:, :, 0]]
     total, push = 0.0, np.zeros(6)
@@ -121,7 +121,7 @@ def parts():
             "around": (Phases(parts=both, lengths=(1, 2), cycle=True), 3),
             "ninth": (clm, 3),
         }
-        run = lambda one, step: jax.value_and_grad(lambda s: loss_of(one, models(s), batch, step=step))  # noqa: E731
+        run = lambda one, step: jax.value_and_grad(lambda s: loss_of(one, models(s), batch, step=step))
         return jax.jit(lambda s: {name: run(one, jnp.asarray(step))(s) for name, (one, step) in asked.items()})(states)
 
 

@@ -84,8 +84,8 @@ def test_cross_entropy_in_chunks_is_the_naive_form(float64, bias, padded, smooth
 def test_log_probabilities_have_each_target_its_gradient(float64, tokens_per_chunk):
     """Any function of them differentiates as that of the naive form."""
     leaves, targets, weight = example(True, True)
-    ours = lambda x: (jnp.exp(log_probabilities(scores(x), targets, tokens_per_chunk=tokens_per_chunk)) * weight).sum()  # noqa: E731
-    theirs = lambda x: (jnp.exp(-naive(x, targets)) * weight).sum()  # noqa: E731
+    ours = lambda x: (jnp.exp(log_probabilities(scores(x), targets, tokens_per_chunk=tokens_per_chunk)) * weight).sum()
+    theirs = lambda x: (jnp.exp(-naive(x, targets)) * weight).sum()
     value, gradient = jax.value_and_grad(ours)(leaves)
     expected, other = jax.value_and_grad(theirs)(leaves)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
@@ -182,7 +182,7 @@ def test_replacements_come_with_their_frequencies():
 
 def test_draws_belong_to_rows():
     """A key follows its row into any micro-batch, chunk or shard; names, steps and seeds have keys of their own."""
-    words = lambda key: jax.random.key_data(key)  # noqa: E731
+    words = lambda key: jax.random.key_data(key)
     whole = words(KEY("mask"))
     part = replace(KEY, rows=KEY.rows[1::4])
     np.testing.assert_array_equal(words(part("mask")), whole[1::4])

@@ -40,7 +40,7 @@ def test_a_mesh_that_does_not_fit_is_refused(shape, says):
 def test_specs_of_the_presets():
     """The same leaf under the three presets."""
     names, shape = ("layers", "embed", "heads", "kv"), (3, 16, 4, 8)
-    spec = lambda rules: rules.place().parameter(names, shape, "w").spec  # noqa: E731
+    spec = lambda rules: rules.place().parameter(names, shape, "w").spec
     assert spec(data()) == PartitionSpec()
     assert spec(fsdp()) == PartitionSpec(None, "fsdp")
     assert spec(fsdp_tensor(2)) == PartitionSpec(None, "fsdp", "tensor")

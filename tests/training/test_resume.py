@@ -105,7 +105,7 @@ def test_the_control_log_resumes(tmp_path):
     assert len(set(shares)) == 5
     # The decision of step 4 takes effect at step 12, and not before.
     reader = run.data.open()
-    read = lambda step, control: reader.batch(step, batch_size=8, length=16, seed=0, control=control)["source"]  # noqa: E731
+    read = lambda step, control: reader.batch(step, batch_size=8, length=16, seed=0, control=control)["source"]
     from data import ControlEntry
 
     entries = [ControlEntry(**entry) for entry in log["entries"]]
