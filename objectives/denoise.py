@@ -109,7 +109,7 @@ class _Written(NamedTuple):
     @property
     def things(self) -> Int[Array, "B S"]:
         """How many things each token writes."""
-        return sum(there.astype(jnp.int32) for there in self.there)  # type: ignore[return-value]
+        return jnp.stack(list(self.there)).sum(0, dtype=jnp.int32)
 
 
 def _written(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zlib
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models import Bidirectional, Causal, Vocabulary
+from models import Bidirectional, Causal, Trunk, Vocabulary
 from models.hub.folder import Folder
 from models.stack import layer_names, restack, unstack
 from models.variables import flatten, replace_values
@@ -35,7 +36,7 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 def imported(folder, vocabulary=VOCABULARY, **options):
     """Our trunk with a folder's weights."""
     opened = Folder.open(folder)
-    trunk = opened.trunk(vocabulary, rngs=nnx.Rngs(0), **options)
+    trunk = opened.trunk(vocabulary, rngs=nnx.Rngs(0), trunk=partial(Trunk, **options))
     shapes = flatten(trunk, nnx.Param)
     names = layer_names(shapes)
     found, left = opened.load(trunk, {k: v.shape for k, v in unstack(shapes).items()})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from flax import nnx
 
@@ -13,7 +14,6 @@ from models.feed_forward import Activation, FeedForward
 from models.heads import TiedHead
 from models.norms import LayerNorm
 from models.positions import LearnedPositions
-from models.stack import Remat
 from models.trunk import Trunk
 from models.vocabulary import Vocabulary
 
@@ -31,10 +31,8 @@ def bert(
     activation: Activation = "gelu",
     eps: float = 1e-12,
     dropout: float = 0.0,
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32",
-    scan: bool = True,
-    unroll: int = 1,
-    remat: Remat = "none",
+    attention: Callable[..., nnx.Module] | None = None,
+    trunk: Callable[..., Trunk] | None = None,
     rngs: nnx.Rngs,
 ) -> Trunk:
     """An encoder with learned positions, norms behind each branch, biases, and a transform before the tied head.
@@ -48,17 +46,17 @@ def bert(
       types: kinds of tokens, for pairs of texts.
       offset: unread rows at the head of the table of positions.
       activation, eps, dropout: of the feed-forward layers, of all norms, and of the branches.
-      dtype, scan, unroll, remat: as in `Trunk`.
+      attention, trunk: the classes to build from, bound to what is left open: `backend`; `dtype`, `unroll`, `remat`, ...
       rngs: where the initial weights come from.
 
     Source: "BERT", Devlin et al., 2019; "RoBERTa", Liu et al., 2019.
     Differs: no dropout on embeddings and attention weights.
     """
-    trunk = Trunk(
+    made = (trunk or Trunk)(
         vocabulary,
         width=width,
         layers=layers,
-        mixer=partial(Attention, heads=heads, theta=None, bias=True),
+        mixer=partial(attention or Attention, heads=heads, theta=None, bias=True),
         feed_forward=partial(FeedForward, hidden=hidden, activation=activation, bias=True),
         norm=partial(LayerNorm, eps=eps),
         placement="post",
@@ -68,10 +66,6 @@ def bert(
         embedding_norm=True,
         final_norm=False,
         head=partial(TiedHead, transform=True, activation=activation, eps=eps, bias=True),
-        dtype=dtype,
-        scan=scan,
-        unroll=unroll,
-        remat=remat,
         rngs=rngs,
     )
     sizes: dict[str, Any] = {
@@ -82,4 +76,4 @@ def bert(
         "hidden": hidden,
     }
     sizes |= {"longest": longest, "types": types}
-    return named(trunk, "bert", sizes | {"offset": offset, "activation": activation, "eps": eps})
+    return named(made, "bert", sizes | {"offset": offset, "activation": activation, "eps": eps})

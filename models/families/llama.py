@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from flax import nnx
 
@@ -15,7 +16,6 @@ from models.heads import Head, TiedHead
 from models.masks import Window
 from models.norms import RMSNorm
 from models.rope_scaling import RopeScaling
-from models.stack import Remat
 from models.trunk import Trunk
 from models.vocabulary import Vocabulary
 
@@ -39,10 +39,8 @@ def llama(
     eps: float = 1e-5,
     placement: Placement = "pre",
     dropout: float = 0.0,
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32",
-    scan: bool = True,
-    unroll: int = 1,
-    remat: Remat = "none",
+    attention: Callable[..., nnx.Module] | None = None,
+    trunk: Callable[..., Trunk] | None = None,
     rngs: nnx.Rngs,
 ) -> Trunk:
     """A decoder with grouped queries, rotary positions, RMSNorm and gated feed-forward layers.
@@ -61,7 +59,7 @@ def llama(
       bias: whether attention's projections have biases.
       tied: whether the head's table is that of the embeddings.
       eps, placement, dropout: of all norms, where they stand, and of the branches.
-      dtype, scan, unroll, remat: as in `Trunk`.
+      attention, trunk: the classes to build from, bound to what is left open: `backend`; `dtype`, `unroll`, `remat`, ...
       rngs: where the initial weights come from.
 
     Source: "The Llama 3 Herd of Models", Grattafiori et al., 2024; "Qwen3 Technical Report", Yang et al., 2025.
@@ -71,7 +69,7 @@ def llama(
     block = partial(
         Block,
         mixer=partial(
-            Attention,
+            attention or Attention,
             heads=heads,
             kv_heads=kv_heads,
             head_width=head_width,
@@ -87,17 +85,13 @@ def llama(
         mask=None if window is None else Window(window - 1),
         dropout=dropout,
     )
-    trunk = Trunk(
+    made = (trunk or Trunk)(
         vocabulary,
         width=width,
         layers=layers,
         pattern=[block],
         norm=norm,
         head=TiedHead if tied else Head,
-        dtype=dtype,
-        scan=scan,
-        unroll=unroll,
-        remat=remat,
         rngs=rngs,
     )
     sizes: dict[str, Any] = {"vocabulary": vocabulary.size, "width": width, "layers": layers, "heads": heads}
@@ -105,4 +99,4 @@ def llama(
     sizes |= {"head_width": width // heads if head_width is None else head_width}
     sizes |= {"scaling": scaling, "window": window, "qk_norm": qk_norm, "bias": bias}
     plain = placement == "pre" and not output_gate
-    return named(trunk, "llama", sizes | {"tied": tied, "eps": eps, "plain": plain})
+    return named(made, "llama", sizes | {"tied": tied, "eps": eps, "plain": plain})

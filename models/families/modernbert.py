@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from flax import nnx
 
@@ -14,7 +15,6 @@ from models.feed_forward import FeedForward
 from models.heads import TiedHead
 from models.masks import Window
 from models.norms import LayerNorm, NoNorm
-from models.stack import Remat
 from models.trunk import Trunk
 from models.vocabulary import Vocabulary
 
@@ -32,10 +32,8 @@ def modernbert(
     local_theta: float = 10_000.0,
     eps: float = 1e-5,
     dropout: float = 0.0,
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32",
-    scan: bool = True,
-    unroll: int = 1,
-    remat: Remat = "none",
+    attention: Callable[..., nnx.Module] | None = None,
+    trunk: Callable[..., Trunk] | None = None,
     rngs: nnx.Rngs,
 ) -> Trunk:
     """An encoder with rotary positions, gated feed-forward layers, no biases, and attention that is mostly local.
@@ -50,7 +48,7 @@ def modernbert(
       every: global layers are this far apart.
       theta, local_theta: bases of the rotary frequencies, of global and of local layers.
       eps, dropout: of all norms, and of the branches.
-      dtype, scan, unroll, remat: as in `Trunk`.
+      attention, trunk: the classes to build from, bound to what is left open: `backend`; `dtype`, `unroll`, `remat`, ...
       rngs: where the initial weights come from.
 
     Source: "Smarter, Better, Faster, Longer", Warner et al., 2024.
@@ -62,7 +60,7 @@ def modernbert(
         everywhere = i % every == 0
         return partial(
             Block,
-            mixer=partial(Attention, heads=heads, theta=theta if everywhere else local_theta),
+            mixer=partial(attention or Attention, heads=heads, theta=theta if everywhere else local_theta),
             feed_forward=partial(FeedForward, hidden=hidden, gated=True),
             norm=norm,
             mixer_norm=NoNorm if i == 0 else None,
@@ -70,7 +68,7 @@ def modernbert(
             dropout=dropout,
         )
 
-    trunk = Trunk(
+    made = (trunk or Trunk)(
         vocabulary,
         width=width,
         layers=layers,
@@ -79,12 +77,8 @@ def modernbert(
         pattern=[block(i) for i in range(1, every + 1)],
         embedding_norm=True,
         head=partial(TiedHead, transform=True, transform_bias=False, eps=eps, bias=True),
-        dtype=dtype,
-        scan=scan,
-        unroll=unroll,
-        remat=remat,
         rngs=rngs,
     )
     sizes: dict[str, Any] = {"vocabulary": vocabulary.size, "width": width, "layers": layers, "heads": heads}
     sizes |= {"hidden": hidden, "window": window, "every": every}
-    return named(trunk, "modernbert", sizes | {"theta": theta, "local_theta": local_theta, "eps": eps})
+    return named(made, "modernbert", sizes | {"theta": theta, "local_theta": local_theta, "eps": eps})

@@ -124,7 +124,7 @@ class Folder:
         for shard in self._shards():
             try:
                 with safe_open(shard, "numpy") as file:
-                    for name in file.keys():  # noqa: SIM118 (no mapping)
+                    for name in list(file.keys()):
                         yield name, file.get_tensor(name)
             except FileNotFoundError:
                 raise UserError(f"{shard}: no such file: a shard that the index names is missing") from None

@@ -2,14 +2,13 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as arrow
 import pytest
 
 import data
 from data.sources import JsonLines
 from partitioning.errors import UserError
-
-pa = pytest.importorskip("pyarrow", reason="the package pyarrow (extra `files`) is not installed")
-arrow = pytest.importorskip("pyarrow.parquet")
 
 ROWS = [{"text": f"row {i} é", "list": [f"a{i}", "b"], "score": i / 4, "n": i} for i in range(2500)]
 FIELDS = {"query": "text", "candidates": "list", "relevance": "score", "number": "n"}

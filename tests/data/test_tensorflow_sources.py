@@ -1,7 +1,6 @@
 """A TFDS data set and a seqio task, both made here, are prepared and read as the same records given as Python values."""
 
 import functools
-import importlib.util
 
 import numpy as np
 import pytest
@@ -9,16 +8,15 @@ import pytest
 import data
 from partitioning.errors import UserError
 
-needs_tensorflow = pytest.mark.skipif(
-    importlib.util.find_spec("tensorflow") is None, reason="TensorFlow (extra `data`) is not installed"
-)
+# `make test-all` installs TensorFlow; these need it, and fail without it.
+pytestmark = pytest.mark.long
 EXAMPLES = [{"text": f"document {i} é", "tags": [f"a{i}", "b"], "score": i / 4, "wrong": i % 2 == 0} for i in range(30)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The folder of the TFDS data set `tiny_texts`."""
-    tfds = pytest.importorskip("tensorflow_datasets", reason="tensorflow_datasets (extra `data`) is not installed")
+    import tensorflow_datasets as tfds
 
     class TinyTexts(tfds.core.GeneratorBasedBuilder):
         """Thirty documents."""
@@ -41,8 +39,6 @@ def folder(tmp_path_factory):
     return made
 
 
-@pytest.mark.long
-@needs_tensorflow
 def test_a_tfds_data_set_is_prepared_and_read(folder, tmp_path):
     fields = {"query": "text", "candidates": "tags", "relevance": "score"}
     found = list(data.Tfds("tiny_texts", "train", fields=fields, folder=folder))
@@ -61,8 +57,6 @@ def test_a_tfds_data_set_is_prepared_and_read(folder, tmp_path):
     assert tokens[0] == tokens[1]
 
 
-@pytest.mark.long
-@needs_tensorflow
 def test_what_a_tfds_data_set_lacks_is_one_line(folder, tmp_path):
     wrong = {
         r"TFDS data set 'tiny_nothing', split 'train': ": data.Tfds("tiny_nothing", folder=folder),
@@ -82,10 +76,8 @@ def test_what_a_tfds_data_set_lacks_is_one_line(folder, tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.long
-@needs_tensorflow
 def test_a_seqio_task_gives_its_text_before_its_own_tokens(tmp_path):
-    seqio = pytest.importorskip("seqio", reason="seqio (extra `data`) is not installed")
+    import seqio
     import tensorflow as tf
 
     def texts(split, shuffle_files, seed=None):

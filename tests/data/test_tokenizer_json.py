@@ -2,16 +2,15 @@
 
 import numpy as np
 import pytest
+import tokenizers as library
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import data
 from data.cache import Cache
 from data.saved_tokenizers import load_tokenizer
 from partitioning.errors import UserError
-
-library = pytest.importorskip("tokenizers", reason="the package tokenizers (extra `files`) is not installed")
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers  # noqa: E402
 
 LINES = [f"Return the {w} of a list, {w}: if {i} is é or not." for i in range(50) for w in ("value", "key", "name")]
 MINE = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "<s>", "</s>"]

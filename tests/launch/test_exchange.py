@@ -66,8 +66,6 @@ def _flat(trunk):
 
 def test_a_part_resolves(tmp_path):
     """With data, objective and optimizer beside it, as a file among the files of a run."""
-    from models.hub.folder import export  # noqa: F401
-
     first = tiny("clm", model=MODELS["llama"], steps=2)
     with devices(1):
         first.train(tmp_path / "run")

@@ -155,7 +155,7 @@ def test_trunks_that_do_not_fit(folder, tmp_path):
 def test_a_failed_export_leaves_nothing(tmp_path):
     trunk = small_llama()
     with pytest.raises(TypeError):
-        export(tmp_path / "model", trunk, arrays(trunk), extra={"tokenizer.json": 3})  # type: ignore[dict-item]
+        export(tmp_path / "model", trunk, arrays(trunk), extra={"tokenizer.json": 3})
     assert not list(tmp_path.iterdir())
 
 

@@ -10,32 +10,34 @@ from __future__ import annotations
 import sys
 
 import jax
+from awkward import EXPERTS
+from running import tiny
 
-HOST, HOSTS, PORT = (int(word) for word in sys.argv[1:4])
-jax.config.update("jax_num_cpu_devices", 8 // HOSTS)
-if HOSTS > 1:
-    jax.distributed.initialize(f"localhost:{PORT}", HOSTS, HOST)
-
-from functools import partial  # noqa: E402
-
-from awkward import EXPERTS  # noqa: E402
-from running import tiny  # noqa: E402
-
-from data import Records  # noqa: E402
-from objectives import MaskedLM  # noqa: E402
-from partitioning import fsdp_tensor  # noqa: E402
-from training.ema import Ema  # noqa: E402
+from data import Records
+from objectives import MaskedLM
+from partitioning import fsdp_tensor
+from training.ema import Ema
 
 TEXTS = [f"{i} quick brown foxes jump over {i * i} lazy dogs"[: 8 + i % 30] for i in range(60)]
 
-tiny(
-    model=partial(EXPERTS, dropout=0.1),
-    data=Records(examples=[{"text": text} for text in TEXTS]),
-    objective=MaskedLM(),
-    rules=fsdp_tensor(2),
-    steps=6,
-    batch_size=16,
-    length=24,
-    accumulate=2,
-    average=Ema(decay=0.9),
-).train(sys.argv[4])
+
+def main(host: int, hosts: int, port: int, out: str) -> None:
+    """Joins the others and trains; what is imported above touches no device."""
+    jax.config.update("jax_num_cpu_devices", 8 // hosts)
+    if hosts > 1:
+        jax.distributed.initialize(f"localhost:{port}", hosts, host)
+    tiny(
+        model=EXPERTS,
+        data=Records(examples=[{"text": text} for text in TEXTS]),
+        objective=MaskedLM(),
+        rules=fsdp_tensor(2),
+        steps=6,
+        batch_size=16,
+        length=24,
+        accumulate=2,
+        average=Ema(decay=0.9),
+    ).train(out)
+
+
+if __name__ == "__main__":
+    main(*(int(word) for word in sys.argv[1:4]), sys.argv[4])
