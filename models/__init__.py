@@ -2,10 +2,16 @@
 
 from models.attention import Attention as Attention
 from models.block import Block as Block
+from models.cross_attention import CrossAttention as CrossAttention
+from models.disentangled import DisentangledAttention as DisentangledAttention
+from models.encoder_decoder import EncoderDecoder as EncoderDecoder
 from models.experts import Experts as Experts
 from models.families.bert import bert as bert
+from models.families.deberta import deberta as deberta
 from models.families.llama import llama as llama
+from models.families.ltg_bert import ltg_bert as ltg_bert
 from models.families.modernbert import modernbert as modernbert
+from models.families.t5 import t5 as t5
 from models.feed_forward import FeedForward as FeedForward
 from models.heads import Head as Head
 from models.heads import Scores as Scores
@@ -24,6 +30,8 @@ from models.norms import LayerNorm as LayerNorm
 from models.norms import NoNorm as NoNorm
 from models.norms import RMSNorm as RMSNorm
 from models.positions import LearnedPositions as LearnedPositions
+from models.relative import RelativeBias as RelativeBias
+from models.relative import RelativePlaces as RelativePlaces
 from models.rope_scaling import LinearScaling as LinearScaling
 from models.rope_scaling import Llama3Scaling as Llama3Scaling
 from models.rope_scaling import YarnScaling as YarnScaling

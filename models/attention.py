@@ -169,19 +169,18 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], Any, dict[str, Array]]:
         """Mixes tokens; returns the result, the new cache entry (None without a cache) and the weights, if asked for.
 
-        With `context.memory` the keys and values come from there, with `context.at` there are queries at those slots only.
+        With `context.source` the keys and values come from there, with `context.at` there are queries at those slots only.
         """
-        source, at = hidden if context.memory is None else context.memory, context.at
+        source, at = hidden if context.source is None else context.source, context.at
         visible, bias, places = context.visible, context.bias, context.positions
         if at is not None:
             hidden, visible, places = gather(hidden, at), gather(visible, at), gather(places, at)
             bias = bias if bias is None else jnp.take_along_axis(bias, at[:, None, :, None], axis=2)
         q, k, v = self._project(hidden, source)
         q, k = (x if norm is None else norm(x) for x, norm in ((q, self.query_norm), (k, self.key_norm)))
-        if self.theta is not None and context.memory is None:
+        if self.theta is not None and context.source is None:
             q = rotate(q, places, self.theta, self.scaling)
             k = rotate(k, context.positions, self.theta, self.scaling)
-        q = q if self.query_scale is None else q * self.query_scale
         cache = None
         if context.cache is not None:
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=context.cache_length, axis=1)
@@ -190,37 +189,62 @@ class Attention(nnx.Module):
                 for name, new in (("key", k), ("value", v))
             }
             k, v = cache["key"], cache["value"]
+        bias = self._bias(q, k, bias, context)
+        out, taps = self._mixed(hidden, q, k, v, visible, bias, causal=context.causal, taps=context.taps)
+        return out, cache, taps
+
+    def _bias(self, q, k, bias, context):
+        """What is added to the scores; a kind of attention may add its own."""
+        del q, k, context
+        return bias
+
+    def _mixed(self, hidden, q, k, v, visible, bias, *, causal, taps):
+        """The product, gated and projected; and the weights, if asked for."""
+        q = q if self.query_scale is None else q * self.query_scale
         if self.kv_heads != self.heads:
             k, v = (jnp.repeat(x, self.heads // self.kv_heads, axis=2) for x in (k, v))
-        product = attention_causal if context.causal else attention_full
+        product = attention_causal if causal else attention_full
         mixed = product(q, k, v, visible, bias, backend=self.backend)
         # No back end hands its weights out: they are computed again for those who look.
-        taps = {"attention": reference_weights(q, k, visible, bias)} if "attention" in context.taps else {}
+        tapped = {"attention": reference_weights(q, k, visible, bias)} if "attention" in taps else {}
         mixed = constrain(mixed, "batch", "length", "heads", "kv")
         if self.gate is not None:
             gate = self.gate.get_value().astype(hidden.dtype)
             mixed = mixed * jax.nn.sigmoid(linear(hidden, gate.reshape(gate.shape[0], -1)).reshape(mixed.shape))
         kernel = self.out.get_value().astype(hidden.dtype)
         out = linear(mixed.reshape(*mixed.shape[:2], -1), kernel.reshape(-1, kernel.shape[-1]))
-        return (out if self.out_bias is None else out + self.out_bias.get_value().astype(hidden.dtype)), cache, taps
+        return (out if self.out_bias is None else out + self.out_bias.get_value().astype(hidden.dtype)), tapped
 
     def _project(self, hidden, source):
         """Queries, keys and values; one matrix product where all three have the same source."""
-        cast = lambda p: p.get_value().astype(hidden.dtype)
-        kernels = [cast(self.query), cast(self.key), cast(self.value)]
-        biases = [None if p is None else cast(p) for p in (self.query_bias, self.key_bias, self.value_bias)]
-        flat = lambda w: w.reshape(w.shape[0], -1)
-        if source is hidden and not is_cut("heads"):
-            # A split, and not slices: its gradient is one concatenation. Kernels cut by heads stay apart and in place.
-            sizes = [math.prod(w.shape[1:]) for w in kernels]
-            parts = jax.lax.split(linear(hidden, jnp.concatenate([flat(w) for w in kernels], axis=1)), sizes, axis=2)
-        else:
-            parts = [linear(x, flat(w)) for x, w in zip((hidden, source, source), kernels, strict=True)]
-        parts = [p.reshape(*p.shape[:2], *w.shape[1:]) for p, w in zip(parts, kernels, strict=True)]
-        parts = [p if b is None else p + b for p, b in zip(parts, biases, strict=True)]
-        return [constrain(p, "batch", "length", "heads", "kv") for p in parts]
+        names = ("query", "key", "value")
+        if source is not hidden or is_cut("heads"):
+            # Kernels cut by heads stay apart and in place.
+            return [self._part(x, name) for x, name in zip((hidden, source, source), names, strict=True)]
+        kernels = [self._flat(name, hidden.dtype) for name in names]
+        # A split, and not slices: its gradient is one concatenation.
+        sizes = [kernel.shape[1] for kernel in kernels]
+        parts = jax.lax.split(linear(hidden, jnp.concatenate(kernels, axis=1)), sizes, axis=2)
+        return [_cut(self._heads(part, name)) for part, name in zip(parts, names, strict=True)]
+
+    def _part(self, x, name):
+        """Queries, keys or values by themselves."""
+        return _cut(self._heads(linear(x, self._flat(name, x.dtype)), name))
+
+    def _flat(self, name, dtype):
+        kernel = getattr(self, name).get_value().astype(dtype)
+        return kernel.reshape(kernel.shape[0], -1)
+
+    def _heads(self, part, name):
+        bias = getattr(self, f"{name}_bias")
+        part = part.reshape(*part.shape[:2], -1, self.head_width)
+        return part if bias is None else part + bias.get_value().astype(part.dtype)
 
     def empty_cache(self, rows: int, capacity: int, dtype: Any) -> dict[str, Array]:
         """Room for the keys and values of `capacity` tokens."""
         shape = (rows, capacity, self.kv_heads, self.head_width)
         return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+
+
+def _cut(x: Float[Array, "B S H K"]) -> Float[Array, "B S H K"]:
+    return constrain(x, "batch", "length", "heads", "kv")

@@ -30,8 +30,11 @@ class Context:
       visible: the mask, lowered, with the segment rule.
       segments, positions: of the tokens in this call.
       layer: the block's index in its stack, from 0 on.
-      memory: states to cross-attend to, or None.
+      source: states of the same slots that mixers take keys and values from, or None for the hidden states.
+      memory: states of another text, or `remembered`, this layer's keys and values of it; None without cross-attention.
+      memory_visible: which of the memory each slot may see.
       bias: added to attention scores, or None.
+      relative: what a `relative` module of the trunk has for its mixers, or None.
       cache: this layer's cache entry, or None; `cache_length` tokens are already in it.
       keys: one dropout key for each row, or None.
       at: slots whose states are asked for, or None for all: the mixer's result has these slots alone.
@@ -43,8 +46,12 @@ class Context:
     segments: Int[Array, "B S"]
     positions: Int[Array, "B S"]
     layer: Any = 0
+    source: Float[Array, "B S D"] | None = None
     memory: Float[Array, "B M D"] | None = None
+    remembered: Any = None
+    memory_visible: Bool[Array, "B Q M"] | None = None
     bias: Float[Array, "#B #H Q K"] | None = None
+    relative: Any = None
     cache: Any = None
     cache_length: Int[Array, ""] | None = None
     keys: jax.Array | None = None
@@ -54,7 +61,7 @@ class Context:
 
 
 class Block(nnx.Module):
-    """One layer of a trunk, f its mixer and then its feed-forward layer.
+    """One layer of a trunk, f its mixer, its cross-attention where it has one, and its feed-forward layer, in this order.
 
     pre:      x = x + f(norm(x))
     post:     x = norm(x + f(x))
@@ -65,6 +72,8 @@ class Block(nnx.Module):
       width: D.
       mixer, feed_forward, norm: classes, or functions, called with the width (and `rngs`, for the first two).
       mixer_norm: another norm for the mixer, where it differs from `norm`.
+      mixer_out_norm: a norm of the mixer's result, where the placement has none or another.
+      cross: class of the attention to a memory, called as the mixer is; None for none.
       placement: where the norms stand, see above.
       mask: what this block allows, on top of the call's mask; None for no limit of its own.
       dropout: probability that a feature of a branch is zeroed.
@@ -84,6 +93,8 @@ class Block(nnx.Module):
         feed_forward: Callable[..., nnx.Module],
         norm: Callable[..., nnx.Module],
         mixer_norm: Callable[..., nnx.Module] | None = None,
+        mixer_out_norm: Callable[..., nnx.Module] | None = None,
+        cross: Callable[..., nnx.Module] | None = None,
         placement: Placement = "pre",
         mask: Mask | None = None,
         dropout: float = 0.0,
@@ -94,10 +105,15 @@ class Block(nnx.Module):
         self.placement, self.mask, self.dropout = placement, nnx.static(mask), dropout
         self.mixer: Any = mixer(width, rngs=rngs)
         self.mixer_norm = (norm if mixer_norm is None else mixer_norm)(width)
+        self.cross: Any = None if cross is None else cross(width, rngs=rngs)
+        self.cross_norm = None if cross is None else norm(width)
         self.feed_forward: Any = feed_forward(width, rngs=rngs)
         self.feed_forward_norm = norm(width)
-        self.mixer_out_norm = norm(width) if placement == "sandwich" else None
-        self.feed_forward_out_norm = norm(width) if placement == "sandwich" else None
+        out_norm = norm if placement == "sandwich" else None
+        mixer_out_norm = out_norm if mixer_out_norm is None else mixer_out_norm
+        self.mixer_out_norm = None if mixer_out_norm is None else mixer_out_norm(width)
+        self.cross_out_norm = None if out_norm is None or cross is None else out_norm(width)
+        self.feed_forward_out_norm = None if out_norm is None else out_norm(width)
 
     def __call__(self, x: Float[Array, "B S D"], context: Context) -> tuple[Float[Array, "B S D"], Sides, Any, Taps]:
         """Returns the new states (at `context.at`, where it is given), the side terms, the new cache entry and the taps."""
@@ -107,18 +123,30 @@ class Block(nnx.Module):
         here = (lambda x: x) if context.at is None else partial(gather, at=context.at)
         present = here(context.segments) > 0
         fold = lambda n: None if context.keys is None else jax.vmap(lambda k: jax.random.fold_in(k, n))(context.keys)
-        drop = lambda branch, n: dropout(branch, self.dropout, fold(n))
-        place = lambda y: constrain(y, "batch", "length" if context.at is None else None, "embed")
-        if self.placement == "post":
-            mixed, cache, taps = self.mixer(x, context)
-            x = place(self.mixer_norm(here(x) + drop(mixed, 0)))
-            out, sides = self.feed_forward(x, present)
-            x = place(self.feed_forward_norm(x + drop(out, 1)))
-        else:
-            scale = jax.lax.rsqrt(context.layer + 1.0).astype(x.dtype) if self.placement == "scaled" else 1
-            again = lambda y, norm: y if norm is None else norm(y)
-            mixed, cache, taps = self.mixer(scale * self.mixer_norm(x), context)
-            x = place(here(x) + drop(again(mixed, self.mixer_out_norm), 0))
-            out, sides = self.feed_forward(scale * self.feed_forward_norm(x), present)
-            x = place(x + drop(again(out, self.feed_forward_out_norm), 1))
+        scale = jax.lax.rsqrt(context.layer + 1.0).astype(x.dtype) if self.placement == "scaled" else 1
+
+        def add(skip, branch, norm, out_norm, n):
+            """A branch gives its result first, then what else there is to hand on."""
+            out, *rest = branch(x if self.placement == "post" else scale * norm(x))
+            out = dropout(out if out_norm is None else out_norm(out), self.dropout, fold(n))
+            y = skip(x) + out
+            y = norm(y) if self.placement == "post" else y
+            return constrain(y, "batch", "length" if context.at is None else None, "embed"), *rest
+
+        x, cache, taps = add(here, partial(self.mixer, context=context), self.mixer_norm, self.mixer_out_norm, 0)
+        same = lambda x: x
+        if self.cross is not None:
+            assert context.memory_visible is not None
+            read = partial(self._read, context=context, visible=here(context.memory_visible))
+            x, found = add(same, read, self.cross_norm, self.cross_out_norm, 2)
+            taps = taps | found
+        forward = partial(self.feed_forward, present=present)
+        x, sides = add(same, forward, self.feed_forward_norm, self.feed_forward_out_norm, 1)
         return x, sides, cache, taps | ({"layers": x} if "layers" in context.taps else {})
+
+    def _read(self, x: Float[Array, "B Q D"], context: Context, visible: Bool[Array, "B Q M"]) -> Any:
+        """Attention to the memory, and its weights as `cross_attention`, if asked for."""
+        remembered = self.cross.remember(context.memory) if context.remembered is None else context.remembered
+        wanted = ("attention",) if "cross_attention" in context.taps else ()
+        out, taps = self.cross.read(x, remembered, visible, wanted)
+        return out, {f"cross_{name}": weights for name, weights in taps.items()}

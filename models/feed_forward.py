@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class FeedForward(nnx.Module):
     """Two matrices with an activation between them, or three with a gate.
 
-    y = act(x W_in) W_out;  gated: y = (act(x W_in) * (x W_gate)) W_out.
+    y = norm(act(x W_in)) W_out;  gated: y = norm(act(x W_in) * (x W_gate)) W_out;  norm only where there is one.
 
     Args:
       width: D.
@@ -56,9 +56,11 @@ class FeedForward(nnx.Module):
       activation: gelu (exact), gelu_tanh, silu or relu.
       gated: whether a second projection gates the first.
       bias: whether the projections have biases.
+      inner_norm: a norm's class, called with the features inside; None for none.
       rngs: where the initial weights come from.
 
-    Source: "GLU Variants Improve Transformer", Shazeer, 2020, for the gated form.
+    Source: "GLU Variants Improve Transformer", Shazeer, 2020, for the gated form; the norm inside: "NormFormer", Shleifer et
+      al., 2021.
     Differs: nothing known.
     """
 
@@ -73,6 +75,7 @@ class FeedForward(nnx.Module):
         activation: Activation = "gelu",
         gated: bool = False,
         bias: bool = False,
+        inner_norm: Callable[..., nnx.Module] | None = None,
         rngs: nnx.Rngs,
     ):
         hidden = 4 * width if hidden is None else hidden
@@ -80,6 +83,7 @@ class FeedForward(nnx.Module):
         self.inner = param(normal(rngs, (width, hidden)), ("embed", "mlp"))
         self.gate = param(normal(rngs, (width, hidden)), ("embed", "mlp")) if gated else None
         self.outer = param(normal(rngs, (hidden, width)), ("mlp", "embed"))
+        self.inner_norm: Any = None if inner_norm is None else inner_norm(hidden, axis="mlp")
         self.inner_bias = param(jnp.zeros((hidden,)), ("mlp",)) if bias else None
         self.outer_bias = param(jnp.zeros((width,)), ("embed",)) if bias else None
 
@@ -90,5 +94,6 @@ class FeedForward(nnx.Module):
         inner = inner if self.inner_bias is None else inner + cast(self.inner_bias)
         inner = constrain(ACTIVATIONS[self.activation](inner), "batch", "length", "mlp")
         inner = inner if self.gate is None else inner * (linear(x, cast(self.gate)))
+        inner = inner if self.inner_norm is None else self.inner_norm(inner)
         out = linear(inner, cast(self.outer))
         return (out if self.outer_bias is None else out + cast(self.outer_bias)), {}

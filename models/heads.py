@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -70,7 +71,7 @@ class Head(nnx.Module):
 
 
 class TiedHead(nnx.Module):
-    """Scores against the token embeddings, which are handed in at call time.
+    """Scores against the token embeddings, which are handed in at call time: scale * f(hidden) W^T + bias.
 
     Args:
       width: D.
@@ -78,9 +79,10 @@ class TiedHead(nnx.Module):
       multiple: rows of the table are padded to a multiple of this.
       transform: whether states first go through a dense layer, an activation and a LayerNorm, as in BERT.
       activation: of the transform.
-      eps: of the transform's LayerNorm.
-      transform_bias: whether the transform and its LayerNorm have biases.
+      norm: of the transform, a class called with the width; LayerNorm by default.
+      transform_bias: whether the transform has a bias.
       bias: whether each token has a bias.
+      scale: what scores are multiplied by.
       rngs: where the initial weights come from.
 
     Source: "BERT", Devlin et al., 2019; tying: "Using the Output Embedding", Press and Wolf, 2017.
@@ -95,16 +97,17 @@ class TiedHead(nnx.Module):
         multiple: int = 128,
         transform: bool = False,
         activation: Activation = "gelu",
-        eps: float = 1e-6,
+        norm: Callable[..., nnx.Module] | None = None,
         transform_bias: bool = True,
         bias: bool = False,
+        scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        self.size, self.activation = vocabulary.size, activation
+        self.size, self.activation, self.scale = vocabulary.size, activation, scale
         rows = vocabulary.padded(multiple)
         self.dense = param(normal(rngs, (width, width)), ("embed", "mlp")) if transform else None
         self.dense_bias = param(jnp.zeros((width,)), ("mlp",)) if transform and transform_bias else None
-        self.norm = LayerNorm(width, eps=eps, bias=transform_bias) if transform else None
+        self.norm: Any = (LayerNorm if norm is None else norm)(width) if transform else None
         self.bias = param(jnp.zeros((rows,)), ("vocab",)) if bias else None
 
     def __call__(self, hidden: Float[Array, "*B D"], table: Float[Array, "V D"]) -> Scores:
@@ -115,4 +118,4 @@ class TiedHead(nnx.Module):
             hidden = hidden if self.dense_bias is None else hidden + cast(self.dense_bias)
             hidden = self.norm(ACTIVATIONS[self.activation](hidden))
         bias: Any = None if self.bias is None else self.bias.get_value()
-        return Scores(hidden, table.astype(hidden.dtype), bias, self.size)
+        return Scores(hidden * self.scale, table.astype(hidden.dtype), bias, self.size)

@@ -53,21 +53,23 @@ class LayerNorm(nnx.Module):
       width: D.
       eps: added to the variance.
       bias: whether there is a bias.
+      scale: whether there is a scale.
       axis: the logical name of the features.
 
     Source: "Layer Normalization", Ba et al., 2016.
     Differs: nothing known.
     """
 
-    def __init__(self, width: int, *, eps: float = 1e-6, bias: bool = True, axis: str = "embed"):
+    def __init__(self, width: int, *, eps: float = 1e-6, bias: bool = True, scale: bool = True, axis: str = "embed"):
         self.eps = eps
-        self.scale = param(jnp.ones((width,)), (axis,))
+        self.scale = param(jnp.ones((width,)), (axis,)) if scale else None
         self.bias = param(jnp.zeros((width,)), (axis,)) if bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises the last dimension."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        scaled = standardised(wide, self.eps) * self.scale.get_value()
+        scaled = standardised(wide, self.eps)
+        scaled = scaled if self.scale is None else scaled * self.scale.get_value()
         return (scaled if self.bias is None else scaled + self.bias.get_value()).astype(x.dtype)
 
 

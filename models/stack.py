@@ -85,6 +85,7 @@ class Stack(nnx.Module):
         visible: Callable[[Mask | None], tuple[Bool[Array, "B Q K"], bool]],
         cache: Mapping[str, Any] | None,
         *,
+        remembered: Mapping[str, Any] | None = None,
         at: Int[Array, "B K"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Sides, dict[str, Any] | None, dict[int, Taps]]:
         """Runs the layers.
@@ -94,6 +95,7 @@ class Stack(nnx.Module):
           context: shared by all blocks; mask, cache and dropout keys are set for each.
           visible: lowers a block's own mask together with the call's, and says whether both are causal.
           cache: entries by block, as `empty_cache` makes them, or None.
+          remembered: keys and values of the memory by block, as `remember` makes them, or None.
           at: slots of the last layer's states to compute, and to return alone; None for all.
 
         Returns:
@@ -104,21 +106,25 @@ class Stack(nnx.Module):
         entries: dict[str, Any] = {}
         taps: dict[int, Taps] = {}
 
-        def apply(block, x, index, entry, at=None):
+        def apply(block, x, index, stored, at=None):
             keys = (
                 context.keys if context.keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(context.keys)
             )
             seen, causal = lowered[block.mask]
             return block(
                 x,
-                replace(context, visible=seen, causal=causal, cache=entry, keys=keys, at=at, layer=jnp.asarray(index)),
-            )
+                replace(
+                    context, visible=seen, causal=causal, cache=stored[0], remembered=stored[1], keys=keys, at=at,
+                    layer=jnp.asarray(index),
+                ),
+            )  # fmt: skip
 
         def single(i, x):
             name = f"layers/{i}"
             wanted = at if i == self.size - 1 else None
-            run = self._rematerialised(lambda x, entry: apply(self.layers[str(i)], x, i, entry, wanted))
-            x, side, entries[name], taps[i] = run(x, None if cache is None else cache[name])
+            run = self._rematerialised(lambda x, stored: apply(self.layers[str(i)], x, i, stored, wanted))
+            stored = [None if d is None else d[name] for d in (cache, remembered)]
+            x, side, entries[name], taps[i] = run(x, stored)
             sides.update({f"{name}/{key}": value for key, value in side.items()})
             return x
 
@@ -126,16 +132,16 @@ class Stack(nnx.Module):
             x = single(i, x)
         if self.repetitions:
             graphs, states = nnx.split(self.scanned)
-            stacked = None if cache is None else {k: cache[f"scanned/{k}"] for k in self.scanned}
+            stacked = [None if d is None else {k: d[f"scanned/{k}"] for k in self.scanned} for d in (cache, remembered)]
 
             def body(x, slices, at=None):
-                state, entry, start = slices
+                state, stored, start = slices
                 blocks = nnx.merge(graphs, state)
                 outs, new, tapped = {}, {}, {}
                 for k, block in blocks.items():
                     wanted = at if int(k) == self.first + self.period - 1 else None
-                    entry_k = None if entry is None else entry[k]
-                    x, outs[k], new[k], tapped[k] = apply(block, x, start + int(k), entry_k, wanted)
+                    stored_k = [None if d is None else d[k] for d in stored]
+                    x, outs[k], new[k], tapped[k] = apply(block, x, start + int(k), stored_k, wanted)
                 return x, (outs, new, tapped)
 
             starts = jnp.arange(self.repetitions) * self.period
@@ -177,6 +183,18 @@ class Stack(nnx.Module):
             one = block.mixer.empty_cache(rows, capacity, dtype)
             entries[f"scanned/{k}"] = jax.tree.map(lambda x: jnp.zeros((self.repetitions, *x.shape), x.dtype), one)
         return entries
+
+    def remember(self, memory: Float[Array, "B M D"]) -> dict[str, Any]:
+        """A memory's keys and values by block, of those that attend to one; stacked as in `empty_cache`."""
+        entries = {f"layers/{i}": _remembered(block, memory) for i, block in self.layers.items()}
+        for k, block in self.scanned.items():
+            graph, state = nnx.split(block)
+            entries[f"scanned/{k}"] = jax.vmap(lambda state, g=graph: _remembered(nnx.merge(g, state), memory))(state)
+        return entries
+
+
+def _remembered(block: Block, memory: Float[Array, "B M D"]) -> Any:
+    return None if block.cross is None else block.cross.remember(memory)
 
 
 def _stacked(make: Callable[[jax.Array], Block], keys: jax.Array) -> Block:

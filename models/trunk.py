@@ -34,7 +34,8 @@ class Output:
     Args:
       hidden: states after the final norm.
       taps: what was asked for by name. `layers`: the states before the first and after every layer, `[L + 1, B, S, D]`.
-        `attention`: the weights `[B, H, S, K]` by layer, of the layers that have some.
+        `attention`: the weights `[B, H, S, K]` by layer, of the layers that have some. `cross_attention`: the same of the
+        attention to the memory.
       aux: side terms by block, raw sums.
       cache: the cache with this call's tokens in it, or None.
     """
@@ -52,10 +53,11 @@ class Trunk(nnx.Module):
       vocabulary: of the tokens.
       width: D.
       layers: how many blocks.
-      mixer, feed_forward, norm, placement, dropout: what a block is made of, where `pattern` is None.
+      mixer, cross, feed_forward, norm, placement, dropout: what a block is made of, where `pattern` is None.
       pattern: block factories, repeated over the layers; each is called with the width and `rngs`.
       head_blocks: factories of the first blocks, before the pattern.
       positions: learned positions, a class called with the width; None where the mixers know positions.
+      relative: what all layers share of the distances between tokens, a class called with the width; None for nothing.
       types: kinds of tokens that have a learned vector each (2 for BERT's pairs of texts); 0 for none.
       embeddings: whether the trunk has token embeddings and a head; one without is called with `embeddings` and scores
         against another trunk's table.
@@ -75,6 +77,7 @@ class Trunk(nnx.Module):
         width: int = 256,
         layers: int = 4,
         mixer: Callable[..., nnx.Module] | None = None,
+        cross: Callable[..., nnx.Module] | None = None,
         feed_forward: Callable[..., nnx.Module] | None = None,
         norm: Callable[..., nnx.Module] | None = None,
         placement: Placement = "pre",
@@ -82,6 +85,7 @@ class Trunk(nnx.Module):
         pattern: Sequence[Callable[..., Block]] | None = None,
         head_blocks: Sequence[Callable[..., Block]] = (),
         positions: Callable[..., nnx.Module] | None = None,
+        relative: Callable[..., nnx.Module] | None = None,
         types: int = 0,
         embeddings: bool = True,
         embedding_norm: bool = False,
@@ -103,11 +107,13 @@ class Trunk(nnx.Module):
         rows = vocabulary.padded(vocab_multiple)
         self.table = param(normal(rngs, (rows, width)), ("vocab", "embed")) if embeddings else None
         self.positions: Any = None if positions is None else positions(width, rngs=rngs)
+        self.relative: Any = None if relative is None else relative(width, rngs=rngs)
         self.types = param(normal(rngs, (types, width)), (None, "embed")) if types else None
         self.embedding_norm = norm(width) if embedding_norm else None
         plain = partial(
             Block,
             mixer=Attention if mixer is None else mixer,
+            cross=cross,
             feed_forward=FeedForward if feed_forward is None else feed_forward,
             norm=norm,
             placement=placement,
@@ -129,16 +135,27 @@ class Trunk(nnx.Module):
         self.head = make_head(width, vocabulary, multiple=vocab_multiple, rngs=rngs) if embeddings else None
 
     def embed(
-        self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], types: Int[Array, "B S"] | None = None
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        types: Int[Array, "B S"] | None = None,
+        *,
+        table: Float[Array, "V D"] | None = None,
     ) -> Float[Array, "B S D"]:
         """Token vectors with scale, learned positions and types (0 by default) and norm, where the trunk has them.
 
+        Args:
+          tokens, positions, types: as in a call.
+          table: another trunk's token vectors, for a trunk that has none.
+
         Raises:
-          UserError: the row is longer than the learned positions.
+          UserError: there is no table, or the row is longer than the learned positions.
         """
-        if self.table is None:
-            raise UserError("this trunk has no token embeddings: call it with `embeddings`")
-        x = jnp.take(self.table.get_value().astype(self.dtype), tokens, axis=0)
+        if table is None:
+            if self.table is None:
+                raise UserError("this trunk has no token embeddings: call it with `embeddings`")
+            table = self.table.get_value()
+        x = jnp.take(table.astype(self.dtype), tokens, axis=0)
         if self.embedding_scale:
             x = x * jnp.sqrt(jnp.asarray(self.width, x.dtype))
         if self.positions is not None:
@@ -163,12 +180,14 @@ class Trunk(nnx.Module):
         types: Int[Array, "B S"] | None = None,
         mask: Mask | None = None,
         embeddings: Float[Array, "B S D"] | None = None,
+        source: Float[Array, "B S D"] | None = None,
         memory: Float[Array, "B M D"] | None = None,
+        memory_segments: Int[Array, "B M"] | None = None,
         bias: Float[Array, "#B #H S K"] | None = None,
         cache: dict[str, Any] | None = None,
         keys: jax.Array | None = None,
         at: Int[Array, "B K"] | None = None,
-        taps: Sequence[Literal["layers", "attention"]] = (),
+        taps: Sequence[Literal["layers", "attention", "cross_attention"]] = (),
     ) -> Output:
         """Runs the trunk.
 
@@ -178,7 +197,9 @@ class Trunk(nnx.Module):
           positions: places within the document.
           types: kinds of the tokens, where the trunk knows any.
           mask: who may see whom; the segment rule is always added. Bidirectional by default.
-          memory: states that blocks cross-attend to.
+          source: states that the mixers take keys and values from, in the same slots; the hidden states by default.
+          memory, memory_segments: states of another text that blocks cross-attend to, and the document of each; a token
+            sees those of its own. A cache that was made with a memory has both.
           bias: added to attention scores.
           cache: from `empty_cache` or an earlier call; these tokens come after the ones in it.
           keys: one dropout key a row; None for no dropout.
@@ -187,7 +208,8 @@ class Trunk(nnx.Module):
           taps: what else to return.
 
         Raises:
-          UserError: both or neither of tokens and embeddings, both `at` and `taps`, or a row that is too long.
+          UserError: both or neither of tokens and embeddings, both `at` and `taps`, a row that is too long, or a memory
+            where none is read or none where one is.
         """
         if (tokens is None) == (embeddings is None):
             raise UserError("a trunk takes either tokens or embeddings")
@@ -215,11 +237,19 @@ class Trunk(nnx.Module):
             return lower(whole, query, key), whole.causal
 
         context = Context(
-            visible=jnp.ones((1, 1, 1), bool), segments=segments, positions=positions, memory=memory, bias=bias,
-            cache_length=start, keys=keys, taps=tuple(taps),
+            visible=jnp.ones((1, 1, 1), bool), segments=segments, positions=positions, source=source, memory=memory,
+            bias=bias, cache_length=start, keys=keys, taps=tuple(taps),
         )  # fmt: skip
+        context = context if self.relative is None else self.relative(context, query, key)
+        remembered = None
+        if cache is not None and "memory" in cache:
+            remembered, memory_segments = cache["memory"]["entries"], cache["memory"]["segments"]
+        self._check_memory(remembered is not None or memory is not None, memory_segments is not None)
+        if memory_segments is not None:
+            same = segments[:, :, None] == memory_segments[:, None, :]
+            context = replace(context, memory_visible=same & (memory_segments[:, None, :] > 0))
         first = x
-        x, sides, entries, by_layer = self.stack(x, context, visible, entries, at=at)
+        x, sides, entries, by_layer = self.stack(x, context, visible, entries, remembered=remembered, at=at)
         x = x if self.final_norm is None else self.final_norm(x)
         new = None
         if entries is not None:
@@ -228,12 +258,14 @@ class Trunk(nnx.Module):
                 "segments": key.segments,
                 "positions": key.positions,
                 "entries": entries,
-            }
+            } | {name: kept for name, kept in (cache or {}).items() if name == "memory"}
         tapped: dict[str, Any] = {}
         if "layers" in taps:
             tapped["layers"] = jnp.stack([first, *(by_layer[i]["layers"] for i in range(len(by_layer)))])
         if "attention" in taps:
             tapped["attention"] = {i: t["attention"] for i, t in sorted(by_layer.items()) if "attention" in t}
+        if "cross_attention" in taps:
+            tapped["cross_attention"] = {i: t["cross_attention"] for i, t in sorted(by_layer.items())}
         return Output(x, tapped, _averaged(sides), new)
 
     def scores(self, hidden: Float[Array, "*B D"]) -> Scores:
@@ -242,9 +274,26 @@ class Trunk(nnx.Module):
             raise UserError("this trunk has no token embeddings to score against: use those of the trunk that has")
         return self.head(hidden, self.table.get_value())
 
-    def empty_cache(self, rows: int, capacity: int) -> dict[str, Any]:
-        """Room for `capacity` tokens of `rows` rows."""
-        return {
+    def _check_memory(self, given: bool, segmented: bool) -> None:
+        reads = any(b.cross is not None for b in (*self.stack.layers.values(), *self.stack.scanned.values()))
+        if reads and not (given and segmented):
+            raise UserError("this trunk attends to a memory: call it with `memory` and `memory_segments`")
+        if not reads and (given or segmented):
+            raise UserError("this trunk attends to no memory: build it with `cross`, or call it without `memory`")
+
+    def empty_cache(
+        self,
+        rows: int,
+        capacity: int,
+        *,
+        memory: Float[Array, "B M D"] | None = None,
+        memory_segments: Int[Array, "B M"] | None = None,
+    ) -> dict[str, Any]:
+        """Room for `capacity` tokens of `rows` rows, and what the layers read of a memory, where there is one."""
+        known = {}
+        if memory is not None:
+            known = {"memory": {"entries": self.stack.remember(memory), "segments": memory_segments}}
+        return known | {
             "length": jnp.zeros((), jnp.int32),
             "segments": jnp.zeros((rows, capacity), jnp.int32),
             "positions": jnp.zeros((rows, capacity), jnp.int32),

@@ -31,8 +31,8 @@ class Bottleneck(nnx.Module):
     def __call__(self, state: Any, embeddings: Any, positions: Any, **call: Any) -> Any:
         """Queries are the document's state plus a place; keys are the other tokens' embeddings and the state."""
         query = state + jnp.take(self.places.get_value().astype(state.dtype), positions, axis=0)
-        memory = jnp.where((positions == 0)[..., None], state, embeddings)
-        return self.inner(embeddings=query, memory=memory, positions=positions, **call)
+        source = jnp.where((positions == 0)[..., None], state, embeddings)
+        return self.inner(embeddings=query, source=source, positions=positions, **call)
 
 
 @dataclass(frozen=True, kw_only=True)

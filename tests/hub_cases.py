@@ -23,6 +23,7 @@ DRAW = np.random.default_rng(0)
 HERE = np.arange(S) < np.array([S, 12, 7])[:, None]
 TOKENS = np.where(HERE, DRAW.integers(7, V, (3, S)), 1)
 PULL = DRAW.standard_normal((3, S, V)).astype(np.float32) * HERE[..., None]
+TARGETS = np.where(HERE, DRAW.integers(7, V, (3, S)), 1)
 WHERE = {"segments": HERE.astype(np.int32), "positions": np.where(HERE, np.arange(S), 0)}
 
 
@@ -47,6 +48,9 @@ def imported(folder, vocabulary=VOCABULARY, **options):
 
 
 def logits(trunk):
-    """Scores of the batch; a decoder reads from left to right."""
+    """Scores of the batch; a decoder reads from left to right, an encoder-decoder writes the targets."""
+    if trunk.family.name == "t5":
+        where = {"target_segments": WHERE["segments"], "target_positions": WHERE["positions"]}
+        return trunk.scores(trunk(TOKENS, targets=TARGETS, **WHERE, **where).hidden).logits()
     mask = Causal() if trunk.family.name == "llama" else Bidirectional()
     return trunk.scores(trunk(TOKENS, mask=mask, **WHERE).hidden).logits()

@@ -8,44 +8,60 @@ from __future__ import annotations
 import json
 
 import numpy as np
-from hub_cases import GOLDEN, HERE, TOKENS, V, weight
+from hub_cases import GOLDEN, HERE, TARGETS, TOKENS, V, weight
 
 SIZES = {"vocab_size": V, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40}
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 1}
 DECODER = {"max_position_embeddings": 64, "pad_token_id": 1}
+DEBERTA = {"relative_attention": True, "share_att_key": True, "position_biased_input": False, "position_buckets": 6}
+DEBERTA |= {"norm_rel_ebd": "layer_norm", "pos_att_type": "p2c|c2p", "type_vocab_size": 0}
+T5 = {"d_model": 24, "d_kv": 5, "d_ff": 40, "num_layers": 3, "num_heads": 4, "relative_attention_num_buckets": 8}
+T5 |= {"relative_attention_max_distance": 16, "dropout_rate": 0.0, "pad_token_id": 1, "decoder_start_token_id": 1}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CASES = {
-    "bert": ("Bert", "MaskedLM", {"max_position_embeddings": 32, **STILL}),
-    "bert tanh": ("Bert", "MaskedLM", {"hidden_act": "gelu_new", "type_vocab_size": 3, **STILL}),
+    "bert": ("Bert", "ForMaskedLM", {"max_position_embeddings": 32, **STILL}),
+    "bert tanh": ("Bert", "ForMaskedLM", {"hidden_act": "gelu_new", "type_vocab_size": 3, **STILL}),
     "roberta": (
         "Roberta",
-        "MaskedLM",
+        "ForMaskedLM",
         {"max_position_embeddings": 34, "type_vocab_size": 1, "layer_norm_eps": 1e-5, **STILL},
     ),
-    "modernbert": ("ModernBert", "MaskedLM", {"local_attention": 6, "num_hidden_layers": 5, "pad_token_id": 1}),
-    "llama, grouped": ("Llama", "CausalLM", {"num_key_value_heads": 2, **DECODER}),
+    "modernbert": ("ModernBert", "ForMaskedLM", {"local_attention": 6, "num_hidden_layers": 5, "pad_token_id": 1}),
+    "llama, grouped": ("Llama", "ForCausalLM", {"num_key_value_heads": 2, **DECODER}),
     "llama, one head of keys": (
         "Llama",
-        "CausalLM",
+        "ForCausalLM",
         {"num_key_value_heads": 1, "tie_word_embeddings": True, "attention_bias": True, **DECODER},
     ),
     "llama, odd heads": (
         "Llama",
-        "CausalLM",
+        "ForCausalLM",
         {"head_dim": 10, "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8}, **DECODER},
     ),
-    "llama, linear": ("Llama", "CausalLM", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, **DECODER}),
+    "llama, linear": ("Llama", "ForCausalLM", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, **DECODER}),
     "llama, yarn": (
         "Llama",
-        "CausalLM",
+        "ForCausalLM",
         {
             "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
             "head_dim": 16,
             **DECODER,
         },
     ),
-    "mistral": ("Mistral", "CausalLM", {"num_key_value_heads": 2, "sliding_window": 5, **DECODER}),
-    "qwen3": ("Qwen3", "CausalLM", {"num_key_value_heads": 2, "head_dim": 8, **DECODER}),
+    "mistral": ("Mistral", "ForCausalLM", {"num_key_value_heads": 2, "sliding_window": 5, **DECODER}),
+    "deberta": ("DebertaV2", "ForMaskedLM", {**DEBERTA, "max_position_embeddings": 16, **STILL}),
+    "deberta, types": (
+        "DebertaV2",
+        "ForMaskedLM",
+        {**DEBERTA, "max_relative_positions": 10, "type_vocab_size": 2, "layer_norm_eps": 1e-5, **STILL},
+    ),
+    "t5": ("T5", "ForConditionalGeneration", {**T5, "num_decoder_layers": 2}),
+    "t5, gated": (
+        "T5",
+        "ForConditionalGeneration",
+        {**T5, "feed_forward_proj": "gated-gelu", "relative_attention_max_distance": 9, "tie_word_embeddings": False},
+    ),
+    "qwen3": ("Qwen3", "ForCausalLM", {"num_key_value_heads": 2, "head_dim": 8, **DECODER}),
 }
 
 
@@ -55,13 +71,26 @@ def made(name):
     import transformers
 
     kind, task, sizes = CASES[name]
-    config = getattr(transformers, f"{kind}Config")(**SIZES | sizes)
+    config = getattr(transformers, f"{kind}Config")(**({"vocab_size": V} if kind == "T5" else SIZES) | sizes)
     config._attn_implementation = "eager"
-    model = getattr(transformers, f"{kind}For{task}")(config).float().train()
+    model = getattr(transformers, f"{kind}{task}")(config).float().train()
+    if kind == "T5" and not config.scale_decoder_outputs:
+        # The library ties what it makes anew; such models as were trained have a head of their own.
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
     with torch.no_grad():
         for tensor, value in model.named_parameters():
             value.copy_(torch.tensor(weight(tensor, tuple(value.shape))))
     return model
+
+
+def run(model):
+    """Its logits of the batch; an encoder-decoder writes the rows in another order beside the ones it reads."""
+    import torch
+
+    inputs = {"input_ids": torch.tensor(TOKENS), "attention_mask": torch.tensor(HERE.astype(np.int64))}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.tensor(TARGETS)
+    return model(**inputs).logits
 
 
 def main():
@@ -72,7 +101,7 @@ def main():
     for name in CASES:
         model = made(name)
         with torch.no_grad():
-            out = model(input_ids=torch.tensor(TOKENS), attention_mask=torch.tensor(HERE.astype(np.int64))).logits
+            out = run(model)
         found[f"{name}/logits"] = np.where(HERE[..., None], out.numpy(), 0)
         found[f"{name}/config"] = np.array(json.dumps(model.config.to_dict()))
     np.savez_compressed(GOLDEN, **found)

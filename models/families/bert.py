@@ -52,20 +52,21 @@ def bert(
     Source: "BERT", Devlin et al., 2019; "RoBERTa", Liu et al., 2019.
     Differs: no dropout on embeddings and attention weights.
     """
+    norm = partial(LayerNorm, eps=eps)
     made = (trunk or Trunk)(
         vocabulary,
         width=width,
         layers=layers,
         mixer=partial(attention or Attention, heads=heads, theta=None, bias=True),
         feed_forward=partial(FeedForward, hidden=hidden, activation=activation, bias=True),
-        norm=partial(LayerNorm, eps=eps),
+        norm=norm,
         placement="post",
         dropout=dropout,
         positions=partial(LearnedPositions, longest=longest, offset=offset),
         types=types,
         embedding_norm=True,
         final_norm=False,
-        head=partial(TiedHead, transform=True, activation=activation, eps=eps, bias=True),
+        head=partial(TiedHead, transform=True, activation=activation, norm=norm, bias=True),
         rngs=rngs,
     )
     sizes: dict[str, Any] = {

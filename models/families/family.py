@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from flax import nnx
 
-from models.trunk import Trunk
+Model = TypeVar("Model", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Family:
         return dict(self.sizes)[size]
 
 
-def named(trunk: Trunk, name: str, sizes: Mapping[str, Any]) -> Trunk:
-    """The trunk, knowing its family."""
-    trunk.family = nnx.static(Family(name, tuple(sorted(sizes.items()))))
-    return trunk
+def named(model: Model, name: str, sizes: Mapping[str, Any]) -> Model:
+    """The model, knowing its family."""
+    model.family = nnx.static(Family(name, tuple(sorted(sizes.items()))))
+    return model

@@ -76,7 +76,7 @@ def modernbert(
         head_blocks=[block(0)],
         pattern=[block(i) for i in range(1, every + 1)],
         embedding_norm=True,
-        head=partial(TiedHead, transform=True, transform_bias=False, eps=eps, bias=True),
+        head=partial(TiedHead, transform=True, transform_bias=False, norm=norm, bias=True),
         rngs=rngs,
     )
     sizes: dict[str, Any] = {"vocabulary": vocabulary.size, "width": width, "layers": layers, "heads": heads}

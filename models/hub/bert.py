@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from models.families.family import Family
-from models.hub.layout import Layout, Tensor, heads_bias, heads_in, heads_out, rows_padded, same, turned
-from models.trunk import Trunk
+from models.hub.layout import Layout, Tensor, dense, heads_bias, heads_in, heads_out, norm, rows_padded, same
 from partitioning import UserError
 
 ACTIVATIONS = {
@@ -17,6 +16,19 @@ ACTIVATIONS = {
     "relu": "relu",
     "silu": "silu",
 }
+
+
+def layer(theirs: str, ours: str, heads: int, projection: str) -> Iterator[Tensor]:
+    """A layer of BERT's kind; `projection` ends the names of those to heads."""
+    for name in ("query", "key", "value"):
+        yield heads_in(f"{theirs}.attention.self.{name}{projection}.weight", f"{ours}/mixer/{name}", heads)
+        yield heads_bias(f"{theirs}.attention.self.{name}{projection}.bias", f"{ours}/mixer/{name}_bias", heads)
+    yield heads_out(f"{theirs}.attention.output.dense.weight", f"{ours}/mixer/out", heads)
+    yield same(f"{theirs}.attention.output.dense.bias", f"{ours}/mixer/out_bias")
+    yield from norm(f"{theirs}.attention.output.LayerNorm", f"{ours}/mixer_norm")
+    yield from dense(f"{theirs}.intermediate.dense", f"{ours}/feed_forward/inner")
+    yield from dense(f"{theirs}.output.dense", f"{ours}/feed_forward/outer")
+    yield from norm(f"{theirs}.output.LayerNorm", f"{ours}/feed_forward_norm")
 
 
 class Bert(Layout):
@@ -43,7 +55,7 @@ class Bert(Layout):
             "eps": config["layer_norm_eps"],
         }
 
-    def config(self, trunk: Trunk) -> dict[str, Any]:
+    def config(self, trunk: Any) -> dict[str, Any]:
         """RoBERTa where there is an offset, else BERT."""
         family, vocabulary = trunk.family, trunk.vocabulary
         kind = "roberta" if family["offset"] else "bert"
@@ -72,30 +84,15 @@ class Bert(Layout):
         base = "roberta" if roberta else "bert"
         size = family["vocabulary"]
 
-        def norm(theirs: str, ours: str) -> Iterator[Tensor]:
-            yield same(f"{theirs}.weight", f"{ours}/scale")
-            yield same(f"{theirs}.bias", f"{ours}/bias")
-
         embeddings = f"{base}.embeddings"
         yield rows_padded(f"{embeddings}.word_embeddings.weight", "table", rows, size)
         yield same(f"{embeddings}.position_embeddings.weight", "positions/table")
         yield same(f"{embeddings}.token_type_embeddings.weight", "types")
         yield from norm(f"{embeddings}.LayerNorm", "embedding_norm")
         for i in range(family["layers"]):
-            theirs, ours = f"{base}.encoder.layer.{i}", f"stack/layers/{i}"
-            for name in ("query", "key", "value"):
-                yield heads_in(f"{theirs}.attention.self.{name}.weight", f"{ours}/mixer/{name}", heads)
-                yield heads_bias(f"{theirs}.attention.self.{name}.bias", f"{ours}/mixer/{name}_bias", heads)
-            yield heads_out(f"{theirs}.attention.output.dense.weight", f"{ours}/mixer/out", heads)
-            yield same(f"{theirs}.attention.output.dense.bias", f"{ours}/mixer/out_bias")
-            yield from norm(f"{theirs}.attention.output.LayerNorm", f"{ours}/mixer_norm")
-            for dense, name in (("intermediate", "inner"), ("output", "outer")):
-                yield turned(f"{theirs}.{dense}.dense.weight", f"{ours}/feed_forward/{name}")
-                yield same(f"{theirs}.{dense}.dense.bias", f"{ours}/feed_forward/{name}_bias")
-            yield from norm(f"{theirs}.output.LayerNorm", f"{ours}/feed_forward_norm")
+            yield from layer(f"{base}.encoder.layer.{i}", f"stack/layers/{i}", heads, "")
         head = "lm_head" if roberta else "cls.predictions.transform"
-        yield turned(f"{head}.dense.weight", "head/dense")
-        yield same(f"{head}.dense.bias", "head/dense_bias")
+        yield from dense(f"{head}.dense", "head/dense")
         yield from norm(f"{head}.layer_norm" if roberta else f"{head}.LayerNorm", "head/norm")
         yield rows_padded("lm_head.bias" if roberta else "cls.predictions.bias", "head/bias", rows, size)
 

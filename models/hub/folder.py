@@ -14,20 +14,25 @@ from typing import Any
 import numpy as np
 
 from models.families.bert import bert
+from models.families.deberta import deberta
 from models.families.llama import llama
 from models.families.modernbert import modernbert
+from models.families.t5 import t5
 from models.hub.bert import Bert
+from models.hub.deberta import Deberta
 from models.hub.layout import Layout, Tensor
 from models.hub.llama import Llama
 from models.hub.modernbert import ModernBert
-from models.trunk import Trunk
+from models.hub.t5 import T5
 from partitioning import UserError
 
 # Family functions and layouts by family.
-FAMILIES: dict[str, tuple[Callable[..., Trunk], Layout]] = {
+FAMILIES: dict[str, tuple[Callable[..., Any], Layout]] = {
     "bert": (bert, Bert()),
+    "deberta": (deberta, Deberta()),
     "modernbert": (modernbert, ModernBert()),
     "llama": (llama, Llama()),
+    "t5": (t5, T5()),
 }
 CONFIG, INDEX, WHOLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -70,11 +75,11 @@ class Folder:
         known = ", ".join(kind for _, layout in FAMILIES.values() for kind in layout.models)
         raise UserError(f"{path / CONFIG}: model_type = {kind!r}: expected one of {known}")
 
-    def trunk(self, vocabulary: Any, **options: Any) -> Trunk:
+    def trunk(self, vocabulary: Any, **options: Any) -> Any:
         """A trunk of these sizes, with weights of its own."""
         return FAMILIES[self.family][0](vocabulary, **self.sizes, **options)
 
-    def load(self, trunk: Trunk, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, np.ndarray], list[str]]:
+    def load(self, trunk: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, np.ndarray], list[str]]:
         """The weights under our names.
 
         Args:
@@ -103,7 +108,7 @@ class Folder:
                 "the tokenizer that the model was trained with"
             )
         layout = FAMILIES[self.family][1]
-        wanted = {tensor.name: tensor for tensor in layout.tensors(mine, shapes["table"][0])}
+        wanted = {tensor.name: tensor for tensor in layout.tensors(mine, shapes[layout.table][0])}
         found: dict[str, np.ndarray] = {}
         left = []
         for name, array in self._arrays():
@@ -165,7 +170,7 @@ def _ours(
 
 
 def export(
-    folder: str | Path, trunk: Trunk, values: Mapping[str, np.ndarray], extra: Mapping[str, str] | None = None
+    folder: str | Path, trunk: Any, values: Mapping[str, np.ndarray], extra: Mapping[str, str] | None = None
 ) -> Path:
     """Writes a trunk as a folder that `transformers` loads.
 
@@ -183,16 +188,17 @@ def export(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already: expected a new or an empty folder")
-    if trunk.family is None:
+    if trunk.family is None or trunk.family.name not in FAMILIES:
         raise UserError(
-            "the run's trunk is of no family, so no other layout has its architecture: expected a model such as "
+            f"the run's trunk is of {'no family' if trunk.family is None else 'the family ' + trunk.family.name}, and "
+            "`transformers` does not have its architecture: expected a model such as "
             f"{', '.join('@models.' + name for name in FAMILIES)}"
         )
     layout = FAMILIES[trunk.family.name][1]
     config = layout.config(trunk) | {"torch_dtype": "float32"}
     arrays = {
         tensor.name: np.ascontiguousarray(tensor.go(*(values[leaf] for leaf in tensor.leaves)))
-        for tensor in layout.tensors(trunk.family, values["table"].shape[0])
+        for tensor in layout.tensors(trunk.family, values[layout.table].shape[0])
     }
     with _aside(folder) as aside:
         save_file(arrays, str(aside / WHOLE), metadata={"format": "pt"})

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from models.families.family import Family
-from models.trunk import Trunk
 
 
 @dataclass(frozen=True)
@@ -37,17 +36,19 @@ class Layout(ABC):
 
     Attributes:
       models: their `model_type`s that this layout reads.
+      table: our name of the token embeddings.
     """
 
     models: tuple[str, ...] = ()
+    table = "table"
 
     @abstractmethod
     def sizes(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of the family's function; raises UserError for a variant that the family does not have."""
 
     @abstractmethod
-    def config(self, trunk: Trunk) -> dict[str, Any]:
-        """Their config of a trunk of ours."""
+    def config(self, trunk: Any) -> dict[str, Any]:
+        """Their config of a model of ours."""
 
     @abstractmethod
     def tensors(self, family: Family, rows: int) -> Iterator[Tensor]:
@@ -66,6 +67,18 @@ def same(name: str, leaf: str) -> Tensor:
 def turned(name: str, leaf: str) -> Tensor:
     """A matrix: theirs is [outputs, inputs]."""
     return Tensor(name, (leaf,), lambda x: (x.T,), lambda x: x.T)
+
+
+def dense(name: str, leaf: str) -> Iterator[Tensor]:
+    """A dense layer: a matrix and its bias."""
+    yield turned(f"{name}.weight", leaf)
+    yield same(f"{name}.bias", f"{leaf}_bias")
+
+
+def norm(name: str, leaf: str) -> Iterator[Tensor]:
+    """A norm with scale and bias."""
+    yield same(f"{name}.weight", f"{leaf}/scale")
+    yield same(f"{name}.bias", f"{leaf}/bias")
 
 
 def rows_padded(name: str, leaf: str, rows: int, size: int) -> Tensor:

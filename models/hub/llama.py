@@ -8,7 +8,6 @@ from typing import Any
 from models.families.family import Family
 from models.hub.layout import Layout, Tensor, heads_bias, heads_in, heads_out, rows_padded, same, turned
 from models.rope_scaling import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
-from models.trunk import Trunk
 from partitioning import UserError
 
 
@@ -80,7 +79,7 @@ class Llama(Layout):
             "eps": config["rms_norm_eps"],
         }
 
-    def config(self, trunk: Trunk) -> dict[str, Any]:
+    def config(self, trunk: Any) -> dict[str, Any]:
         """Qwen3 where queries and keys are normalised, Mistral where there is a window, else Llama."""
         family, vocabulary = trunk.family, trunk.vocabulary
         if not family["plain"] or (family["qk_norm"] and family["window"] is not None):

@@ -7,7 +7,6 @@ from typing import Any
 
 from models.families.family import Family
 from models.hub.layout import Layout, Tensor, heads_in, heads_out, joined, rows_padded, same, turned
-from models.trunk import Trunk
 from partitioning import UserError
 
 PLAIN = {
@@ -52,7 +51,7 @@ class ModernBert(Layout):
             "eps": config["norm_eps"],
         }
 
-    def config(self, trunk: Trunk) -> dict[str, Any]:
+    def config(self, trunk: Any) -> dict[str, Any]:
         """Their config."""
         family, vocabulary = trunk.family, trunk.vocabulary
         rope = lambda theta: {"rope_type": "default", "rope_theta": theta}

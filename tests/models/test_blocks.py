@@ -89,7 +89,7 @@ def attend(layer, x):
     rows, length = x.shape[:2]
     visible = np.broadcast_to(np.tri(length, dtype=bool), (rows, length, length))
     context = SimpleNamespace(
-        memory=None, at=None, visible=visible, bias=None, positions=np.tile(np.arange(length), (rows, 1)),
+        source=None, at=None, visible=visible, bias=None, positions=np.tile(np.arange(length), (rows, 1)),
         cache=None, causal=True, taps=("attention",),
     )  # fmt: skip
     out, _, taps = layer(jnp.asarray(x), context)

@@ -31,7 +31,7 @@ def case(request, tmp_path):
     shapes = {name: leaf.shape for name, leaf in jax.eval_shape(unstack, flatten(trunk, nnx.Param)).items()}
     layout = FAMILIES[opened.family][1]
     arrays = {}
-    for tensor in layout.tensors(trunk.family, shapes["table"][0]):
+    for tensor in layout.tensors(trunk.family, shapes[layout.table][0]):
         shape = tensor.go(*(np.zeros(shapes[leaf], np.float32) for leaf in tensor.leaves)).shape
         arrays[tensor.name] = weight(tensor.name, shape)
     save_file(arrays, tmp_path / "model.safetensors")

@@ -142,7 +142,7 @@ def test_trunks_that_do_not_fit(folder, tmp_path):
     plain = Trunk(VOCABULARY, width=8, layers=1, rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match="of no family"):
         load(folder, plain)
-    with pytest.raises(UserError, match="of no family, so no other layout has its architecture"):
+    with pytest.raises(UserError, match="of no family, and `transformers` does not have its architecture"):
         export(tmp_path / "plain", plain, arrays(plain))
     gated = small_llama(output_gate=True)
     with pytest.raises(UserError, match="none that `transformers` has"):

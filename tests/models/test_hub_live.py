@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from hub_cases import GOLDEN, HERE, PULL, TOKENS, S, imported, logits
-from make_hub_golden import CASES, made
+from hub_cases import GOLDEN, HERE, PULL, TARGETS, S, imported, logits
+from make_hub_golden import CASES, made, run
 
 from models.hub.folder import FAMILIES, export
+from models.relative import log_buckets, t5_buckets
 from models.stack import unstack
 
 pytestmark = pytest.mark.long
@@ -24,13 +25,6 @@ def theirs(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("theirs")
     model.save_pretrained(folder, max_shard_size="40KB")
     return request.param, model, folder
-
-
-def run(model):
-    """Their logits of the batch."""
-    import torch
-
-    return model(input_ids=torch.tensor(TOKENS), attention_mask=torch.tensor(HERE.astype(np.int64))).logits
 
 
 def test_the_committed_logits_are_theirs(theirs):
@@ -64,7 +58,7 @@ def test_logits_and_gradients(theirs):
     flat = unstack({"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(gradient)})
     layout = FAMILIES[trunk.family.name][1]
     compared, most = set(), max(np.abs(value).max() for value in expected.values())
-    for tensor in layout.tensors(trunk.family, flat["table"].shape[0]):
+    for tensor in layout.tensors(trunk.family, flat[layout.table].shape[0]):
         ours = tensor.go(*(np.asarray(flat[leaf]) for leaf in tensor.leaves))
         # A key's bias moves all scores of a query alike: its gradient is rounding, on both sides.
         atol = 1e-3 * np.abs(expected[tensor.name]).max() + 1e-6 * most
@@ -85,8 +79,33 @@ def test_in_and_out_is_bitwise(theirs, tmp_path):
         torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0, msg=name)
     tokens = torch.arange(7, 7 + S)[None]
     with torch.no_grad():
-        torch.testing.assert_close(again(tokens).logits, model.eval()(tokens).logits, rtol=1e-5, atol=1e-5)
+        targets = {"decoder_input_ids": torch.tensor(TARGETS[:1])} if model.config.is_encoder_decoder else {}
+        theirs = model.eval()(tokens, **targets).logits
+        atol = 1e-5 * max(1, theirs.abs().max().item())
+        torch.testing.assert_close(again.eval()(tokens, **targets).logits, theirs, rtol=0, atol=atol)
     _, same = imported(tmp_path / "out")
     assert found.keys() == same.keys()
     for name, value in found.items():
         np.testing.assert_array_equal(same[name], value)
+
+
+@pytest.mark.parametrize("two_sided", [True, False])
+@pytest.mark.parametrize(("buckets", "longest"), [(32, 128), (32, 256), (8, 16), (16, 50)])
+def test_buckets_are_those_of_t5(buckets, longest, two_sided):
+    """Of every distance, the farthest on either side among them."""
+    import torch
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    distance = torch.arange(-longest, longest + 1)
+    theirs = T5Attention._relative_position_bucket(distance, two_sided, buckets, longest).numpy()
+    np.testing.assert_array_equal(t5_buckets(buckets, longest, two_sided=two_sided), theirs)
+
+
+@pytest.mark.parametrize(("buckets", "longest"), [(256, 512), (32, 512), (6, 16)])
+def test_buckets_are_those_of_deberta(buckets, longest):
+    import torch
+    from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+
+    distance = torch.arange(1 - longest, longest)
+    theirs = make_log_bucket_position(distance, buckets, longest).numpy()
+    np.testing.assert_array_equal(log_buckets(buckets, longest)[1:-1], theirs)

@@ -1,0 +1,39 @@
+"""Attention of one text to another."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Array, Bool, Float
+
+from models.attention import Attention
+
+
+class CrossAttention(Attention):
+    """Multi-head softmax attention whose keys and values come from a memory, the states of another trunk.
+
+    The arguments are those of `Attention`; theta is None, since places in two texts have no distance.
+
+    Source: "Attention Is All You Need", Vaswani et al., 2017.
+    Differs: nothing known.
+    """
+
+    def __init__(self, width: int, **options: Any):
+        super().__init__(width, theta=None, **options)
+
+    def remember(self, memory: Float[Array, "B M D"]) -> dict[str, Float[Array, "B M H K"]]:
+        """The keys and values of a memory, which decoding computes once."""
+        key, value = self._part(memory, "key"), self._part(memory, "value")
+        return {"key": key if self.key_norm is None else self.key_norm(key), "value": value}
+
+    def read(
+        self,
+        hidden: Float[Array, "B Q D"],
+        remembered: dict[str, Float[Array, "B M H K"]],
+        visible: Bool[Array, "B Q M"],
+        taps: Sequence[str] = (),
+    ) -> tuple[Float[Array, "B Q D"], dict[str, Array]]:
+        """What the queries find, and the weights, if asked for."""
+        query = self._part(hidden, "query")
+        query = query if self.query_norm is None else self.query_norm(query)
+        key, value = remembered["key"], remembered["value"]
+        return self._mixed(hidden, query, key, value, visible, None, causal=False, taps=taps)
