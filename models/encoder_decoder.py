@@ -14,6 +14,7 @@ from models.masks import Causal, Mask
 from models.side import Sides
 from models.trunk import Output, Trunk
 from models.vocabulary import Vocabulary
+from partitioning import UserError
 
 
 class EncoderDecoder(nnx.Module):
@@ -28,6 +29,8 @@ class EncoderDecoder(nnx.Module):
     Source: "Attention Is All You Need", Vaswani et al., 2017.
     Differs: nothing known.
     """
+
+    two_sided = True
 
     def __init__(
         self,
@@ -53,15 +56,20 @@ class EncoderDecoder(nnx.Module):
         """The token embeddings."""
         return self.encoder.table
 
+    @property
+    def start(self) -> int:
+        """What the decoder reads first: the padding token as in T5, or the first token of a text where there is none."""
+        return self.vocabulary.pad if self.vocabulary.pad >= 0 else self.vocabulary.bos
+
     def __call__(
         self,
         tokens: Int[Array, "B S"],
         *,
         segments: Int[Array, "B S"],
         positions: Int[Array, "B S"],
-        targets: Int[Array, "B T"],
-        target_segments: Int[Array, "B T"],
-        target_positions: Int[Array, "B T"],
+        targets: Int[Array, "B T"] | None = None,
+        target_segments: Int[Array, "B T"] | None = None,
+        target_positions: Int[Array, "B T"] | None = None,
         mask: Mask | None = None,
         target_mask: Mask | None = None,
         keys: jax.Array | None = None,
@@ -79,7 +87,15 @@ class EncoderDecoder(nnx.Module):
 
         Returns:
           The decoder's output, with the side terms of both.
+
+        Raises:
+          UserError: there are no targets.
         """
+        if targets is None or target_segments is None or target_positions is None:
+            raise UserError(
+                "an encoder-decoder writes beside what it reads: expected an objective that gives it `targets`, such as "
+                "SpanCorruption, MASS or Seq2Seq"
+            )
         fold = lambda n: None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, n))(keys)
         read = self.encoder(tokens, segments=segments, positions=positions, mask=mask, keys=fold(0))
         out = self.decoder(

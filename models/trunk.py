@@ -70,6 +70,9 @@ class Trunk(nnx.Module):
       rngs: where the initial weights come from.
     """
 
+    # Whether it writes beside what it reads.
+    two_sided = False
+
     def __init__(
         self,
         vocabulary: Vocabulary,

@@ -15,11 +15,13 @@ from objectives.dpo import DPO as DPO
 from objectives.draws import Draws as Draws
 from objectives.electra import Electra as Electra
 from objectives.emo import EMO as EMO
+from objectives.fragment import Fragment as Fragment
 from objectives.gpt_bert import GPTBert as GPTBert
 from objectives.grpo import GRPO as GRPO
 from objectives.listwise import ListNet as ListNet
 from objectives.masked_diffusion import MaskedDiffusion as MaskedDiffusion
 from objectives.masked_lm import MaskedLM as MaskedLM
+from objectives.mass import MASS as MASS
 from objectives.meap import MEAP as MEAP
 from objectives.mixing import ExcessLossMixing as ExcessLossMixing
 from objectives.momentum_queue import MomentumQueue as MomentumQueue
@@ -31,6 +33,7 @@ from objectives.select import RandomTokens as RandomTokens
 from objectives.select_words import NGrams as NGrams
 from objectives.select_words import Spans as Spans
 from objectives.select_words import WholeWords as WholeWords
+from objectives.seq2seq import Seq2Seq as Seq2Seq
 from objectives.span_corruption import UL2 as UL2
 from objectives.span_corruption import Denoiser as Denoiser
 from objectives.span_corruption import SpanCorruption as SpanCorruption

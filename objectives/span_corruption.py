@@ -13,10 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 from models.masks import Prefix
 from models.vocabulary import Vocabulary
 from objectives.base import Loss, Objective, metric
-from objectives.denoise import Noise, behind, extra, longer, most, whole_text
+from objectives.denoise import Noise, apart, behind, extra, longer, most, whole_text
 from objectives.documents import bodies, documents, ranks
 from objectives.draws import Draws
 from objectives.token_loss import TokenLoss
+from objectives.two_sided import pushed
 from partitioning.ranges import Range, check_fields
 
 
@@ -81,8 +82,9 @@ def random_spans(
 class Denoising(Objective):
     """Base of the objectives that read a corrupted document and write what is missing behind it.
 
-    The inputs are a prefix whose tokens see each other, the targets are predicted from left to right. Sentinels and modes
-    are ids behind the vocabulary, where the embedding table is padded.
+    An encoder-decoder reads the inputs on one side and writes the targets on the other. To a trunk alone the inputs are a
+    prefix whose tokens see each other, and the targets follow. Sentinels and modes are ids behind the vocabulary, where the
+    embedding table is padded.
 
     Args:
       shortest: documents with fewer tokens are left whole and have no loss; the larger, the less the rows grow.
@@ -113,13 +115,17 @@ class Denoising(Objective):
         super().check(steps=steps, batch=batch)
         whole_text(type(self).__name__, batch)
 
-    def room(self, length: int) -> tuple[int, int]:
-        """The most tokens and the most targets that a row of `length` tokens can become."""
+    def room(self, length: int) -> tuple[int, int, int]:
+        """The most tokens, the most inputs and the most targets that a row of `length` tokens can become."""
         noise, spans = self._tables(length)
         some = spans > 0
-        # Two special tokens at a document's ends are kept and make its body shorter, which never makes it grow more.
-        grows = np.arange(length + 1) + (2 * spans + some * (1 + bool(self.modes()))).max(0)
-        return longer(length, most(grows)), most((noise + spans + some).max(0))
+        sizes, mode = np.arange(length + 1), some * bool(self.modes())
+        # Two special tokens at a document's ends are kept and make its body shorter, which never makes it grow more, but
+        # may leave more of it to the inputs.
+        body = (sizes - noise + spans + mode).max(0)
+        inputs = np.stack([np.pad(body[: len(body) - k] + k, (k, 0)) for k in range(3)]).max(0)
+        grows = sizes + (2 * spans + some + mode).max(0)
+        return longer(length, most(grows)), most(inputs), most((noise + spans + some).max(0))
 
     def noise(self, batch: dict[str, Any], vocabulary: Vocabulary, *, key: Draws) -> Noise:
         """What is hidden in a batch."""
@@ -150,10 +156,38 @@ class Denoising(Objective):
             sentinels=int(self._tables(length)[1].max()),
             owner=type(self).__name__,
         )
-        width, places = self.room(length)
         noise = self.noise(batch, vocabulary, key=key)
+        write = self._beside if trunk.two_sided else self._behind
+        hidden, wanted, weight = write(trunk, batch, noise, first_sentinel=ids.first, key=key)
+        loss, accuracy = self.penalty(replace(trunk.scores(hidden), size=ids.end), wanted, weight)
+        hidden = metric(noise.hidden.sum(), (batch["segments"] > 0).sum())
+        return Loss({"denoising": loss, "accuracy": accuracy, "hidden": hidden})
+
+    def _beside(self, trunk, batch, noise, *, first_sentinel, key):
+        """The states that predict the targets of a decoder, the targets, and their weights."""
+        vocabulary = trunk.vocabulary
+        _, inputs, targets = (-(-most // 8) * 8 for most in self.room(batch["tokens"].shape[1]))
+        read, written = apart(
+            batch, noise, first_sentinel=first_sentinel, end=vocabulary.eos, pad=vocabulary.pad, inputs=inputs,
+            targets=max(targets, 8),
+        )  # fmt: skip
+        out = trunk(
+            read.tokens,
+            segments=read.segments,
+            positions=read.positions,
+            targets=pushed(*written, trunk.start),
+            target_segments=written.segments,
+            target_positions=written.positions,
+            keys=key("dropout"),
+        )
+        return out.hidden, written.tokens, (written.segments > 0).astype(jnp.float32)
+
+    def _behind(self, trunk, batch, noise, *, first_sentinel, key):
+        """The same of a trunk that reads inputs and targets as one text."""
+        vocabulary = trunk.vocabulary
+        width, _, places = self.room(batch["tokens"].shape[1])
         side, target = behind(
-            batch, noise, first_sentinel=ids.first, end=vocabulary.eos, pad=vocabulary.pad, width=width
+            batch, noise, first_sentinel=first_sentinel, end=vocabulary.eos, pad=vocabulary.pad, width=width
         )
         following = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
         slots = jnp.sort(jnp.where(following(target), jnp.arange(width), width), axis=1)[:, : max(places, 1)]
@@ -166,11 +200,8 @@ class Denoising(Objective):
             keys=key("dropout"),
             at=at,
         )
-        scores = replace(trunk.scores(out.hidden), size=ids.end)
         wanted = jnp.take_along_axis(following(side.tokens), at, axis=1)
-        loss, accuracy = self.penalty(scores, wanted, used.astype(jnp.float32))
-        hidden = metric(noise.hidden.sum(), (batch["segments"] > 0).sum())
-        return Loss({"denoising": loss, "accuracy": accuracy, "hidden": hidden})
+        return out.hidden, wanted, used.astype(jnp.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +218,8 @@ class SpanCorruption(Denoising):
 
     Source: "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", Raffel et al., 2020; the
       rounding is that of its released code.
-    Differs: one decoder reads inputs and targets as a prefix and the rest; each document of a packed row is corrupted on
-      its own, and a special token at its beginning or end is kept; sentinels count upwards.
+    Differs: each document of a packed row is corrupted on its own, and a special token at its beginning or end is kept;
+      sentinels count upwards; a trunk alone reads inputs and targets as a prefix and the rest.
     """
 
     density: Annotated[float, Range(0, 1, open=True)] = 0.15

@@ -11,12 +11,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from models import Attention, Block, Experts, FeedForward, RMSNorm, Trunk, Vocabulary
+from models import Attention, Block, Experts, FeedForward, RMSNorm, Trunk, Vocabulary, t5
 from objectives import (
     CM3,
     DPO,
     EMO,
     GRPO,
+    MASS,
     MEAP,
     UL2,
     CausalLM,
@@ -34,6 +35,8 @@ from objectives import (
     PrefixLM,
     RandomTokens,
     RetroMAE,
+    Seq2Seq,
+    SpanCorruption,
     Weighted,
 )
 
@@ -62,6 +65,24 @@ EXPERTS = partial(
         ),
     ],
 )
+TWO_SIDED = partial(
+    t5,
+    width=16,
+    layers=2,
+    heads=2,
+    head_width=8,
+    hidden=32,
+    buckets=8,
+    longest=8,
+    trunk=partial(Trunk, vocab_multiple=64),
+)
+
+
+def in_float64(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A model that computes in float64; a family hands that on to its trunks."""
+    if make.func is Trunk:
+        return partial(make, dtype="float64")
+    return partial(make, trunk=partial(make.keywords["trunk"], dtype="float64"))
 
 
 def text(rng: np.random.Generator, *shape: int, packed: bool = False) -> dict[str, np.ndarray]:
@@ -164,6 +185,9 @@ CASES: dict[str, Case] = {
     "prefix_lm": Case(PrefixLM()),
     "ul2": Case(UL2(shortest=2), model=partial(TRUNK, vocab_multiple=64)),
     "cm3": Case(CM3(mean=2.0, shortest=2), model=partial(TRUNK, vocab_multiple=64)),
+    "span_corruption": Case(SpanCorruption(density=0.3, shortest=3), model=TWO_SIDED),
+    "mass": Case(MASS(), model=partial(TWO_SIDED, dropout=0.1)),
+    "seq2seq": Case(Seq2Seq(), pair_batch, model=TWO_SIDED),
     "electra": Case(Electra(generator=partial(TRUNK, width=8, layers=1), select=RandomTokens(rate=0.3))),
     "gpt_bert": Case(GPTBert(ratio=0.75, select=RandomTokens(rate=0.3))),
     "retromae": Case(RetroMAE(decoder=UNROTATED, longest=LENGTH)),
@@ -196,7 +220,7 @@ def build(case: Case) -> Callable[[jax.Array], dict[str, Any]]:
 
 def modules(objective: Objective, model: Callable[..., Trunk] = TRUNK, *, seed: int = 0) -> Models:
     """A model and the objective's companions with random float64 weights: built abstractly, so that nothing compiles."""
-    case = Case(objective, model=partial(model, dtype="float64"))
+    case = Case(objective, model=in_float64(model))
     made = nnx.eval_shape(lambda: {name: one.module for name, one in build(case)(jax.random.key(0), {}).items()})
     draw = np.random.default_rng(seed)
 

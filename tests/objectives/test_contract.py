@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from awkward import CASES, ROWS, build
+from awkward import CASES, ROWS, build, in_float64
 
 from objectives.base import Batch
 from objectives.draws import draws
@@ -31,7 +31,7 @@ def _float64():
 def gradients(name: str, rules, devices: int, accumulate: int = 1):
     """Loss, reduced sums and gradients of a case on a mesh, in float64."""
     case = CASES[name]
-    model = partial(case.model, dtype="float64")
+    model = in_float64(case.model)
     objective = _float64_parts(case.objective)
     case = replace(case, model=model, objective=objective)
     placement = rules.place(jax.devices()[:devices])
