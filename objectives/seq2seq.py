@@ -35,7 +35,8 @@ class Seq2Seq(Objective):
 
     def fields(self):
         """Both texts'."""
-        return tuple(f"{side}/{name}" for side in (self.inputs, self.targets) for name in super().fields())
+        text = super().fields()
+        return tuple(f"{side}/{name}" for side in (self.inputs, self.targets) for name in text)
 
     def companions(self, trunk, rngs):
         """See `Objective.companions`: none."""
@@ -56,5 +57,7 @@ class Seq2Seq(Objective):
             target_positions=written.positions,
             keys=key("dropout"),
         )
-        loss, accuracy = self.penalty(trunk.scores(out.hidden), written.tokens, (written.segments > 0).astype(jnp.float32))
+        loss, accuracy = self.penalty(
+            trunk.scores(out.hidden), written.tokens, (written.segments > 0).astype(jnp.float32)
+        )
         return Loss({"seq2seq": loss, "accuracy": accuracy})

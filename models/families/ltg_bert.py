@@ -13,6 +13,7 @@ from models.disentangled import DisentangledAttention
 from models.families.family import named
 from models.feed_forward import FeedForward
 from models.heads import TiedHead
+from models.initializers import deviating
 from models.norms import LayerNorm
 from models.relative import RelativePlaces
 from models.trunk import Trunk
@@ -48,8 +49,7 @@ def ltg_bert(
       rngs: where the initial weights come from.
 
     Source: "Trained on 100 million words and still in shape: BERT meets British National Corpus", Samuel et al., 2023.
-    Differs: weights begin as all of ours do, and not smaller in deeper layers; no dropout on embeddings, distances and
-      attention weights.
+    Differs: weights do not begin smaller in deeper layers; no dropout on embeddings, distances and attention weights.
     """
     weighed = partial(LayerNorm, eps=eps)
     norm = partial(weighed, scale=False, bias=False)
@@ -71,6 +71,9 @@ def ltg_bert(
         embedding_norm=True,
         head=partial(TiedHead, transform=True, norm=norm, bias=True),
         rngs=rngs,
+    )
+    made = deviating(
+        made, {"table|mixer/(query|key|value|out)|feed_forward/(inner|gate|outer)|head/dense": (0.4 / width) ** 0.5}
     )
     sizes: dict[str, Any] = {"vocabulary": vocabulary.size, "width": width, "layers": layers, "heads": heads}
     sizes |= {"hidden": hidden, "buckets": buckets, "longest": longest}

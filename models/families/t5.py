@@ -15,6 +15,7 @@ from models.encoder_decoder import EncoderDecoder
 from models.families.family import named
 from models.feed_forward import Activation, FeedForward
 from models.heads import Head, TiedHead
+from models.initializers import deviating
 from models.norms import RMSNorm
 from models.relative import RelativeBias
 from models.trunk import Trunk
@@ -59,7 +60,7 @@ def t5(
 
     Source: "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", Raffel et al., 2020; gates:
       "GLU Variants Improve Transformer", Shazeer, 2020.
-    Differs: weights begin as all of ours do; no dropout on embeddings, inside feed-forward layers and on attention weights.
+    Differs: no dropout on embeddings, inside feed-forward layers and on attention weights.
     """
     norm = partial(RMSNorm, eps=eps)
     decoder_layers = layers if decoder_layers is None else decoder_layers
@@ -90,6 +91,17 @@ def t5(
         encoder=partial(side, layers=layers, reads=False),
         decoder=partial(side, layers=decoder_layers, reads=True),
         rngs=rngs,
+    )
+    inner = heads * head_width
+    made = deviating(
+        made,
+        {
+            "encoder/table": 1.0,
+            "(mixer|cross)/query": (width * head_width) ** -0.5,
+            "(mixer|cross)/out": inner**-0.5,
+            "feed_forward/outer": hidden**-0.5,
+            "(mixer|cross)/(key|value)|feed_forward/(inner|gate)|relative/table|head/table": width**-0.5,
+        },
     )
     sizes: dict[str, Any] = {"vocabulary": vocabulary.size, "width": width, "layers": layers, "heads": heads}
     sizes |= {"decoder_layers": decoder_layers, "head_width": head_width, "hidden": hidden, "activation": activation}

@@ -4,9 +4,11 @@ import math
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
+import models
 from launch.config import load
 from models import Vocabulary
 from models.variables import flatten
@@ -18,6 +20,10 @@ PUBLISHED = {
     "roberta_base": (50_265, 125),
     "modernbert_base": (50_368, 149),
     "modernbert_large": (50_368, 395),
+    "deberta_v3_base": (128_100, 184),
+    "ltg_bert_base": (16_384, 98),
+    "t5_base": (32_128, 223),
+    "t5_1_1_base": (32_128, 248),
     "llama_1b": (128_256, 1_236),
     "qwen3_0_6b": (151_936, 596),
 }
@@ -48,4 +54,30 @@ def test_parameters_are_those_of_the_paper(name, tmp_path):
 
 
 def test_every_part_of_a_published_size_is_counted():
-    assert {path.stem for path in PARTS.glob("*.gin")} == {"small", "hundred_steps", *PUBLISHED}
+    assert {path.stem for path in PARTS.glob("*.gin")} == {"small", "small_t5", "hundred_steps", *PUBLISHED}
+
+
+def test_weights_begin_as_published():
+    """T5's and LTG-BERT's standard deviations, cut draws counted in; what nobody names keeps ours."""
+    vocabulary = Vocabulary(size=300, pad=0, bos=1, eos=2, mask=3, cls=4, sep=5)
+    sizes = {"width": 64, "layers": 2, "heads": 4, "hidden": 192}
+    cut = np.std(np.asarray(jax.random.truncated_normal(jax.random.key(1), -3.0, 3.0, (100_000,))))
+    found = lambda model: {name: float(np.std(leaf)) / cut for name, leaf in flatten(model, nnx.Param).items()}
+    t5 = found(models.t5(vocabulary, **sizes, head_width=8, tied=False, rngs=nnx.Rngs(0)))
+    layer = "decoder/stack/scanned/0"
+    expected = {"encoder/table": 1.0, "encoder/head/table": 64**-0.5, "decoder/relative/table": 64**-0.5}
+    expected |= {f"{layer}/{m}/query": (64 * 8) ** -0.5 for m in ("mixer", "cross")}
+    expected |= {f"{layer}/cross/value": 64**-0.5, f"{layer}/mixer/out": 32**-0.5}
+    expected |= {f"{layer}/feed_forward/inner": 64**-0.5, f"{layer}/feed_forward/outer": 192**-0.5}
+    for name, deviation in expected.items():
+        assert abs(t5[name] / deviation - 1) < 0.1, name
+    ltg = found(models.ltg_bert(vocabulary, **sizes, rngs=nnx.Rngs(0)))
+    for name in (
+        "table",
+        "relative/table",
+        "stack/scanned/0/mixer/query",
+        "stack/scanned/0/feed_forward/gate",
+        "head/dense",
+    ):
+        assert abs(ltg[name] / (2 / (5 * 64)) ** 0.5 - 1) < 0.1, name
+    assert abs(found(models.bert(vocabulary, **sizes, rngs=nnx.Rngs(0)))["table"] / 0.02 - 1) < 0.1
