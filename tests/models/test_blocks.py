@@ -11,8 +11,8 @@ import pytest
 from awkward import VOCABULARY
 from flax import nnx
 
-from models import Attention, Block, Head, Llama3Scaling, RMSNorm, Trunk, YarnScaling
-from models.attention import reference_weights
+from models import Attention, Block, Causal, Head, Llama3Scaling, RMSNorm, Trunk, YarnScaling
+from models.backends.reference import reference_weights
 from models.positions import rotate
 
 WIDTH, LAYERS = 6, 3
@@ -90,7 +90,7 @@ def attend(layer, x):
     visible = np.broadcast_to(np.tri(length, dtype=bool), (rows, length, length))
     context = SimpleNamespace(
         memory=None, at=None, visible=visible, bias=None, positions=np.tile(np.arange(length), (rows, 1)),
-        cache=None, causal=True, taps=("attention",),
+        cache=None, causal=True, segments=np.ones((rows, length)), mask=Causal(), taps=("attention",),
     )  # fmt: skip
     out, _, taps = layer(jnp.asarray(x), context)
     return np.asarray(out), np.asarray(taps["attention"])
