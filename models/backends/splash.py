@@ -84,7 +84,8 @@ def product(
         )
         return mixed.transpose(0, 2, 1, 3)[:, :length]
 
-    names = ("batch", None, "heads", "kv")
+    # Whole rows and whole heads, whatever else the rules cut: a part of either is another product.
+    names = ("batch", None, "heads", None)
     mixed = on_each_device(local, [(q, names), (k, names), (v, names), (view.segments, ("batch", None))])
     # Padding is a segment of its own to the kernel, and sees itself.
     mixed = jnp.where((view.segments > 0)[..., None, None], mixed, 0)
