@@ -274,14 +274,14 @@ def row():
 
 
 @pytest.mark.parametrize("backend", ["interpreted splash", "interpreted cudnn"])
-def test_a_trunk_computes_the_same(backend, row):
-    """Through scanned blocks with a mask of their own, at some slots, one of them twice; gradients of all parameters."""
+def test_a_block_computes_the_same(backend, row):
+    """A block with a mask of its own, at some slots, one of them twice; gradients of all parameters."""
     draw = np.random.default_rng(3)
     at = jnp.asarray(draw.integers(0, S, (ROWS, 5))).at[:, 1].set(3).at[:, 2].set(3)
     pull = jnp.asarray(draw.standard_normal((ROWS, 5, 32)), jnp.float32)
 
     def gradients(backend):
-        graph, state = trunk(backend, PATTERN[:1], 3)
+        graph, state = trunk(backend, PATTERN[:1], 1)
 
         def loss(state):
             hidden = nnx.merge(graph, state)(mask=Causal(), at=at, **row).hidden
@@ -294,9 +294,9 @@ def test_a_trunk_computes_the_same(backend, row):
 
 
 @pytest.mark.parametrize("backend", ["interpreted splash", "interpreted cudnn"])
-@pytest.mark.parametrize("mask", [Causal(), Bidirectional()], ids=["causal", "bidirectional"])
-def test_influence_is_exactly_what_the_mask_allows(mask, backend, row):
-    """Derivatives of every state by every embedding: 0 across documents, from padding, and from what is not seen."""
+def test_influence_is_exactly_what_the_masks_allow(backend, row):
+    """Derivatives of every state by every embedding, through scanned blocks: 0 across documents and where nothing is seen."""
+    mask = Causal()
     graph, state = trunk(backend, PATTERN, 4)
     pull = jnp.asarray(np.random.default_rng(4).standard_normal((S, 1, S, 1)) * np.eye(S)[:, None, :, None] + 0.0)
     pull = jnp.broadcast_to(pull, (S, ROWS, S, 32)).astype(jnp.float32) * jnp.arange(1, 33)
