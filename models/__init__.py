@@ -37,6 +37,7 @@ from models.rope_scaling import Llama3Scaling as Llama3Scaling
 from models.rope_scaling import YarnScaling as YarnScaling
 from models.side import Side as Side
 from models.stack import Stack as Stack
+from models.surgery.fold_layer_norm import fold_layer_norm as fold_layer_norm
 from models.trunk import Output as Output
 from models.trunk import Trunk as Trunk
 from models.variables import Buffer as Buffer

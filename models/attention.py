@@ -1,4 +1,4 @@
-"""Softmax attention and its back ends."""
+"""Softmax attention: projections, the cache, and one call to a back end."""
 
 import math
 from collections.abc import Callable
@@ -8,8 +8,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
+from models.backends.cudnn import cudnn
+from models.backends.reference import reference, reference_weights
+from models.backends.splash import splash
+from models.backends.view import Keys, View
+from models.backends.xla import xla
 from models.initializers import normal
 from models.linear import linear
 from models.positions import gather, rotate
@@ -17,79 +22,20 @@ from models.rope_scaling import RopeScaling
 from models.variables import param
 from partitioning import UserError, constrain, is_cut
 
-Backend = Literal["xla", "reference"]
-
-
-def reference(
-    q: Float[Array, "B Q H K"],
-    k: Float[Array, "B S H K"],
-    v: Float[Array, "B S H K"],
-    visible: Bool[Array, "B Q S"],
-    bias: Float[Array, "#B #H Q S"] | None,
-) -> Float[Array, "B Q H K"]:
-    """softmax(q kT / sqrt(K) + bias) v over the visible keys, written as on paper; a query that sees nothing gets 0."""
-    return jnp.einsum("bhqs,bshk->bqhk", reference_weights(q, k, visible, bias), v)
-
-
-def reference_weights(
-    q: Float[Array, "B Q H K"],
-    k: Float[Array, "B S H K"],
-    visible: Bool[Array, "B Q S"],
-    bias: Float[Array, "#B #H Q S"] | None,
-) -> Float[Array, "B H Q S"]:
-    """softmax(q kT / sqrt(K) + bias) over the visible keys."""
-    scores = jnp.einsum("bqhk,bshk->bhqs", q, k) / jnp.sqrt(q.shape[-1])
-    scores = scores if bias is None else scores + bias
-    seen = visible[:, None]
-    # Set before the exponential: of a key that is not seen it could be infinite, and its derivative 0 * infinity.
-    scores = jnp.where(seen, scores, -1e30)
-    weights = jnp.where(seen, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)), 0.0)
-    total = weights.sum(-1, keepdims=True)
-    return weights / jnp.where(total > 0, total, 1.0)
-
-
-def xla(
-    q: Float[Array, "B Q H K"],
-    k: Float[Array, "B S H K"],
-    v: Float[Array, "B S H K"],
-    visible: Bool[Array, "B Q S"],
-    bias: Float[Array, "#B #H Q S"] | None,
-) -> Float[Array, "B Q H K"]:
-    """The same for training: scores in float32 whatever the inputs; of the weights one array is kept for the gradient."""
-    heads_first = lambda x: x.transpose(0, 2, 1, 3)
-    q, k, v = heads_first(q * q.shape[-1] ** -0.5), heads_first(k), heads_first(v)
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=wide)
-    scores = scores if bias is None else scores + bias.astype(wide)
-    weights = masked_softmax(scores, visible[:, None]).astype(v.dtype)
-    return jnp.einsum("bhqs,bhsk->bhqk", weights, v, preferred_element_type=wide).astype(v.dtype).transpose(0, 2, 1, 3)
-
-
-@jax.custom_jvp
-def masked_softmax(scores: Float[Array, "B H Q S"], visible: Bool[Array, "B 1 Q S"]) -> Float[Array, "B H Q S"]:
-    """Softmax over the visible keys, 0 elsewhere; a query that sees nothing gets 0 everywhere."""
-    scores = jnp.where(visible, scores, -1e30)
-    powers = jnp.where(visible, jnp.exp(scores - scores.max(-1, keepdims=True)), 0.0)
-    total = powers.sum(-1, keepdims=True)
-    return powers * (1 / jnp.where(total > 0, total, 1.0))
-
-
-@masked_softmax.defjvp
-def _masked_softmax_jvp(primals, tangents):
-    # By the chain rule four arrays of this size would be kept, and the mask three times; the weights are all it takes.
-    weights = masked_softmax(*primals)
-    weighted = weights * tangents[0]
-    return weights, weighted - weights * weighted.sum(-1, keepdims=True)
-
-
-BACKENDS: dict[str, Callable[..., Float[Array, "B Q H K"]]] = {"reference": reference, "xla": xla}
+Backend = Literal["xla", "reference", "cudnn", "splash"]
+BACKENDS: dict[str, Callable[..., Float[Array, "B Q H K"]]] = {
+    "reference": reference,
+    "xla": xla,
+    "cudnn": cudnn,
+    "splash": splash,
+}
 
 
 def _named(name: str) -> Callable[..., Float[Array, "B Q H K"]]:
     """The product as a jitted function of this name: FLOPs are counted by half where the name says that it is causal."""
 
-    def product(q, k, v, visible, bias, *, backend):
-        return BACKENDS[backend](q, k, v, visible, bias)
+    def product(q, k, v, view, bias, *, backend):
+        return BACKENDS[backend](q, k, v, view, bias)
 
     product.__name__ = product.__qualname__ = name
     return jax.jit(product, static_argnames="backend")
@@ -111,7 +57,7 @@ class Attention(nnx.Module):
       qk_norm: a norm's class, for queries and keys over K before they are rotated; None for none.
       output_gate: whether the result of each head is multiplied by sigmoid(x W_gate) before the output projection.
       bias: whether the projections have biases.
-      backend: how the product is computed.
+      backend: how the product is computed, see docs/masks.md; what one cannot express it refuses.
       rngs: where the initial weights come from.
 
     Raises:
@@ -190,7 +136,9 @@ class Attention(nnx.Module):
             }
             k, v = cache["key"], cache["value"]
         bias = self._bias(q, k, bias, context)
-        out, taps = self._mixed(hidden, q, k, v, visible, bias, causal=context.causal, taps=context.taps)
+        keys: Keys = "cache" if cache is not None else "row" if context.source is None else "memory"
+        view = View(visible, context.mask, context.segments, context.positions, at, keys)
+        out, taps = self._mixed(hidden, q, k, v, view, bias, causal=context.causal, taps=context.taps)
         return out, cache, taps
 
     def _bias(self, q, k, bias, context):
@@ -198,15 +146,13 @@ class Attention(nnx.Module):
         del q, k, context
         return bias
 
-    def _mixed(self, hidden, q, k, v, visible, bias, *, causal, taps):
+    def _mixed(self, hidden, q, k, v, view, bias, *, causal, taps):
         """The product, gated and projected; and the weights, if asked for."""
         q = q if self.query_scale is None else q * self.query_scale
-        if self.kv_heads != self.heads:
-            k, v = (jnp.repeat(x, self.heads // self.kv_heads, axis=2) for x in (k, v))
         product = attention_causal if causal else attention_full
-        mixed = product(q, k, v, visible, bias, backend=self.backend)
+        mixed = product(q, k, v, view, bias, backend=self.backend)
         # No back end hands its weights out: they are computed again for those who look.
-        tapped = {"attention": reference_weights(q, k, visible, bias)} if "attention" in taps else {}
+        tapped = {"attention": reference_weights(q, k, view.visible, bias)} if "attention" in taps else {}
         mixed = constrain(mixed, "batch", "length", "heads", "kv")
         if self.gate is not None:
             gate = self.gate.get_value().astype(hidden.dtype)

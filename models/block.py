@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from models.dropout import dropout
-from models.masks import Mask
+from models.masks import Bidirectional, Mask
 from models.positions import gather
 from models.side import Sides
 from partitioning import UserError, constrain
@@ -38,6 +38,7 @@ class Context:
       cache: this layer's cache entry, or None; `cache_length` tokens are already in it.
       keys: one dropout key for each row, or None.
       at: slots whose states are asked for, or None for all: the mixer's result has these slots alone.
+      mask: the call's mask and the block's own, as `visible` was lowered from.
       causal: whether no query ever sees a later key.
       taps: what else is asked for: `layers`, the block's new states; `attention`, the mixer's weights where it has any.
     """
@@ -45,6 +46,7 @@ class Context:
     visible: Bool[Array, "B Q K"]
     segments: Int[Array, "B S"]
     positions: Int[Array, "B S"]
+    mask: Mask = field(default_factory=Bidirectional)
     layer: Any = 0
     source: Float[Array, "B S D"] | None = None
     memory: Float[Array, "B M D"] | None = None

@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from models.attention import Attention
+from models.backends.view import View
+from models.masks import Bidirectional
 
 
 class CrossAttention(Attention):
@@ -36,4 +39,6 @@ class CrossAttention(Attention):
         query = self._part(hidden, "query")
         query = query if self.query_norm is None else self.query_norm(query)
         key, value = remembered["key"], remembered["value"]
-        return self._mixed(hidden, query, key, value, visible, None, causal=False, taps=taps)
+        here = jnp.zeros(hidden.shape[:2], jnp.int32)
+        view = View(visible, Bidirectional(), here, here, keys="memory")
+        return self._mixed(hidden, query, key, value, view, None, causal=False, taps=taps)

@@ -76,25 +76,28 @@ class LayerNorm(nnx.Module):
 class RMSNorm(nnx.Module):
     """Scales the features of each token by their root mean square, statistics in float32.
 
-    y = x / sqrt(mean(x^2) + eps) * scale.
+    y = x / sqrt(mean(x^2) + eps) * scale + bias.
 
     Args:
       width: D.
       eps: added to the mean square.
+      bias: whether there is a bias.
       axis: the logical name of the features.
 
     Source: "Root Mean Square Layer Normalization", Zhang and Sennrich, 2019.
     Differs: nothing known.
     """
 
-    def __init__(self, width: int, *, eps: float = 1e-6, axis: str = "embed"):
+    def __init__(self, width: int, *, eps: float = 1e-6, bias: bool = False, axis: str = "embed"):
         self.eps = eps
         self.scale = param(jnp.ones((width,)), (axis,))
+        self.bias = param(jnp.zeros((width,)), (axis,)) if bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises the last dimension."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return (unit_mean_square(wide, self.eps) * self.scale.get_value()).astype(x.dtype)
+        scaled = unit_mean_square(wide, self.eps) * self.scale.get_value()
+        return (scaled if self.bias is None else scaled + self.bias.get_value()).astype(x.dtype)
 
 
 class NoNorm(nnx.Module):

@@ -82,7 +82,7 @@ class Stack(nnx.Module):
         self,
         x: Float[Array, "B S D"],
         context: Context,
-        visible: Callable[[Mask | None], tuple[Bool[Array, "B Q K"], bool]],
+        visible: Callable[[Mask | None], tuple[Bool[Array, "B Q K"], Mask]],
         cache: Mapping[str, Any] | None,
         *,
         remembered: Mapping[str, Any] | None = None,
@@ -93,7 +93,7 @@ class Stack(nnx.Module):
         Args:
           x: hidden states.
           context: shared by all blocks; mask, cache and dropout keys are set for each.
-          visible: lowers a block's own mask together with the call's, and says whether both are causal.
+          visible: lowers a block's own mask together with the call's, and returns what it lowered too.
           cache: entries by block, as `empty_cache` makes them, or None.
           remembered: keys and values of the memory by block, as `remember` makes them, or None.
           at: slots of the last layer's states to compute, and to return alone; None for all.
@@ -110,14 +110,9 @@ class Stack(nnx.Module):
             keys = (
                 context.keys if context.keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(context.keys)
             )
-            seen, causal = lowered[block.mask]
-            return block(
-                x,
-                replace(
-                    context, visible=seen, causal=causal, cache=stored[0], remembered=stored[1], keys=keys, at=at,
-                    layer=jnp.asarray(index),
-                ),
-            )  # fmt: skip
+            seen, mask = lowered[block.mask]
+            there = {"cache": stored[0], "remembered": stored[1], "keys": keys, "at": at, "layer": jnp.asarray(index)}
+            return block(x, replace(context, visible=seen, mask=mask, causal=mask.causal, **there))
 
         def single(i, x):
             name = f"layers/{i}"

@@ -235,9 +235,9 @@ class Trunk(nnx.Module):
             entries = cache["entries"]
         asked = Bidirectional() if mask is None else mask
 
-        def visible(own: Mask | None) -> tuple[Any, bool]:
+        def visible(own: Mask | None) -> tuple[Any, Mask]:
             whole = asked if own is None else Both(asked, own)
-            return lower(whole, query, key), whole.causal
+            return lower(whole, query, key), whole
 
         context = Context(
             visible=jnp.ones((1, 1, 1), bool), segments=segments, positions=positions, source=source, memory=memory,

@@ -10,14 +10,39 @@ from partitioning.errors import UserError
 
 if TYPE_CHECKING:
     from partitioning.mesh import make_mesh
-    from partitioning.rules import Placement, Rules, constrain, data, fsdp, fsdp_tensor, is_cut
+    from partitioning.rules import (
+        Placement,
+        Rules,
+        constrain,
+        data,
+        fsdp,
+        fsdp_tensor,
+        is_cut,
+        on_each_device,
+        platform,
+    )
 
 _HOMES = {
     "make_mesh": "partitioning.mesh",
-    **dict.fromkeys(("Placement", "Rules", "constrain", "data", "fsdp", "fsdp_tensor", "is_cut"), "partitioning.rules"),
+    **dict.fromkeys(
+        ("Placement", "Rules", "constrain", "data", "fsdp", "fsdp_tensor", "is_cut", "on_each_device", "platform"),
+        "partitioning.rules",
+    ),
 }
 
-__all__ = ["Placement", "Rules", "UserError", "constrain", "data", "fsdp", "fsdp_tensor", "is_cut", "make_mesh"]
+__all__ = [
+    "Placement",
+    "Rules",
+    "UserError",
+    "constrain",
+    "data",
+    "fsdp",
+    "fsdp_tensor",
+    "is_cut",
+    "make_mesh",
+    "on_each_device",
+    "platform",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -171,6 +171,32 @@ def is_cut(name: str) -> bool:
     """Whether the rules in scope cut activations along a logical axis over several devices."""
     placement = _SCOPE.get()
     return placement is not None and any(placement.mesh.shape[p] > 1 for p in placement.rules.activations.get(name, ()))
+
+
+def on_each_device(function: Callable[..., jax.Array], arrays: Sequence[tuple[jax.Array, Names]]) -> jax.Array:
+    """Calls a kernel with each device's part of the arrays; the compiler cannot cut a kernel itself.
+
+    Args:
+      function: of the arrays' parts; its result has the first one's shape.
+      arrays: with the logical names of their dimensions.
+
+    Raises:
+      UserError: as `constrain`.
+    """
+    arrays = [(constrain(x, *names), names) for x, names in arrays]
+    placement = _SCOPE.get()
+    if placement is None:
+        return function(*(x for x, _ in arrays))
+    specs = [placement.spec(n, x.shape, table="activations", what=f"a kernel's {n}") for x, n in arrays]
+    # What a kernel's result varies over is not known to the check.
+    run = jax.shard_map(function, mesh=placement.mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
+    return run(*(x for x, _ in arrays))
+
+
+def platform() -> str:
+    """What the devices of the mesh in scope are, or jax's own where there is none: 'cpu', 'gpu', 'tpu'."""
+    placement = _SCOPE.get()
+    return jax.default_backend() if placement is None else placement.mesh.devices.flat[0].platform
 
 
 def table(**places: tuple[str, ...]) -> Table:

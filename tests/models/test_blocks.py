@@ -11,8 +11,8 @@ import pytest
 from awkward import VOCABULARY
 from flax import nnx
 
-from models import Attention, Block, Head, Llama3Scaling, RMSNorm, Trunk, YarnScaling
-from models.attention import reference_weights
+from models import Attention, Block, Causal, Head, Llama3Scaling, RMSNorm, Trunk, YarnScaling
+from models.backends.reference import reference_weights
 from models.positions import rotate
 
 WIDTH, LAYERS = 6, 3
@@ -84,13 +84,36 @@ def test_norms_stand_where_the_formula_says(places, scan):
     np.testing.assert_allclose(out, x, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unscanned"])
+def test_mix_ln_and_layer_norm_scaling_have_pre_and_post_as_ends(scan):
+    """No post layers are Pre-LN, all of them Post-LN; scaled layer 1 is Pre-LN, and layers count from the stack's bottom."""
+    x = np.random.default_rng(0).standard_normal((2, 4, WIDTH)).astype(np.float32)
+    ones = np.ones((2, 4), np.int32)
+    where = {"segments": ones, "positions": np.tile(np.arange(4), (2, 1))}
+    run = lambda **made: np.asarray(
+        trunk(scan=scan, **made)(embeddings=jnp.asarray(x), taps=["layers"], **where).taps["layers"]
+    )
+    pre, post = run(pattern=["pre"]), run(pattern=["post"])
+    for alpha in (0, 1 / 3, 2 / 3, 1):
+        first = int(alpha * LAYERS + 0.5)
+        mixed = run(head=["post"] * first, pattern=["pre"])
+        np.testing.assert_allclose(mixed[: first + 1], post[: first + 1], rtol=1e-6, atol=1e-6)
+        if not first:
+            np.testing.assert_allclose(mixed, pre, rtol=1e-6, atol=1e-6)
+    scaled = run(pattern=["scaled"])
+    np.testing.assert_allclose(scaled[:2], pre[:2], rtol=1e-6, atol=1e-6)
+    assert np.abs(scaled[2] - pre[2]).max() > 1e-2
+    behind = run(head=["scaled"], pattern=["scaled"])
+    np.testing.assert_allclose(behind, scaled, rtol=1e-6, atol=1e-6)
+
+
 def attend(layer, x):
     """A call over one document a row; the result and the weights."""
     rows, length = x.shape[:2]
     visible = np.broadcast_to(np.tri(length, dtype=bool), (rows, length, length))
     context = SimpleNamespace(
         source=None, at=None, visible=visible, bias=None, positions=np.tile(np.arange(length), (rows, 1)),
-        cache=None, causal=True, taps=("attention",),
+        cache=None, causal=True, segments=np.ones((rows, length)), mask=Causal(), taps=("attention",),
     )  # fmt: skip
     out, _, taps = layer(jnp.asarray(x), context)
     return np.asarray(out), np.asarray(taps["attention"])

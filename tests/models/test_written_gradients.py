@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.scipy.stats import norm as normal
 
-from models.attention import masked_softmax
+from models.backends.xla import masked_softmax
 from models.feed_forward import gelu
 from models.linear import linear
 from models.norms import standardised, unit_mean_square

@@ -1,0 +1,1 @@
+"""How the attention product is computed: one file a back end."""

@@ -1,0 +1,42 @@
+"""The product in plain XLA, for every mask and on every platform."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from models.backends.view import View, over_heads
+
+
+def xla(
+    q: Float[Array, "B Q H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G K"],
+    view: View,
+    bias: Float[Array, "#B #H Q S"] | None,
+) -> Float[Array, "B Q H K"]:
+    """The product for training: scores in float32 whatever the inputs; of the weights one array is kept for the gradient."""
+    heads_first = lambda x: x.transpose(0, 2, 1, 3)
+    k, v = over_heads(k, q.shape[2]), over_heads(v, q.shape[2])
+    q, k, v = heads_first(q * q.shape[-1] ** -0.5), heads_first(k), heads_first(v)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=wide)
+    scores = scores if bias is None else scores + bias.astype(wide)
+    weights = masked_softmax(scores, view.visible[:, None]).astype(v.dtype)
+    return jnp.einsum("bhqs,bhsk->bhqk", weights, v, preferred_element_type=wide).astype(v.dtype).transpose(0, 2, 1, 3)
+
+
+@jax.custom_jvp
+def masked_softmax(scores: Float[Array, "B H Q S"], visible: Bool[Array, "B 1 Q S"]) -> Float[Array, "B H Q S"]:
+    """Softmax over the visible keys, 0 elsewhere; a query that sees nothing gets 0 everywhere."""
+    scores = jnp.where(visible, scores, -1e30)
+    powers = jnp.where(visible, jnp.exp(scores - scores.max(-1, keepdims=True)), 0.0)
+    total = powers.sum(-1, keepdims=True)
+    return powers * (1 / jnp.where(total > 0, total, 1.0))
+
+
+@masked_softmax.defjvp
+def _masked_softmax_jvp(primals, tangents):
+    # By the chain rule four arrays of this size would be kept, and the mask three times; the weights are all it takes.
+    weights = masked_softmax(*primals)
+    weighted = weights * tangents[0]
+    return weights, weighted - weights * weighted.sum(-1, keepdims=True)

@@ -1,0 +1,1 @@
+"""Models in, other models out, that compute the same or nearly so."""
