@@ -50,7 +50,8 @@ def product(
     """The same; `interpret` runs the kernels' own code on any platform, slowly."""
     if bias is not None:
         refuse("splash", "a bias on the scores")
-    if view.keys != "row":
+    segments, positions = view.segments, view.positions
+    if view.keys != "row" or segments is None or positions is None:
         refuse("splash", f"attention to {'a cache' if view.keys == 'cache' else 'another network'}")
     length = k.shape[1]
     block = min(BLOCK, -(-length // LANES) * LANES)
@@ -61,7 +62,7 @@ def product(
         rows = jnp.arange(q.shape[0])[:, None]
         q = jnp.zeros((q.shape[0], length, *q.shape[2:]), q.dtype).at[rows, view.at].set(q)
 
-    def local(q, k, v, segments):
+    def local(q, k, v, documents):
         pad = lambda x: jnp.pad(x, [(0, padded - length if i == 1 else 0) for i in range(x.ndim)])
         heads_first = lambda x: pad(x).transpose(0, 2, 1, 3)
         sizes = kernels.BlockSizes(
@@ -75,7 +76,7 @@ def product(
         kernel = kernels.make_splash_mha_single_device(
             over_slots.MultiHeadMask([mask] * q.shape[2]), block_sizes=sizes, interpret=interpret
         )
-        documents = pad(segments)
+        documents = pad(documents)
         mixed = jax.vmap(kernel)(
             heads_first(q * q.shape[-1] ** -0.5),
             heads_first(k),
@@ -86,11 +87,11 @@ def product(
 
     # Whole rows and whole heads, whatever else the rules cut: a part of either is another product.
     names = ("batch", None, "heads", None)
-    mixed = on_each_device(local, [(q, names), (k, names), (v, names), (view.segments, ("batch", None))])
+    mixed = on_each_device(local, [(q, names), (k, names), (v, names), (segments, ("batch", None))])
     # Padding is a segment of its own to the kernel, and sees itself.
-    mixed = jnp.where((view.segments > 0)[..., None, None], mixed, 0)
+    mixed = jnp.where((segments > 0)[..., None, None], mixed, 0)
     if counts_places(view.mask):
-        mixed = jnp.where(whole(view.segments, view.positions)[:, None, None, None], mixed, jnp.nan)
+        mixed = jnp.where(whole(segments, positions)[:, None, None, None], mixed, jnp.nan)
     return mixed if view.at is None else gather(mixed, view.at)
 
 

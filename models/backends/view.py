@@ -23,15 +23,15 @@ class View:
     Args:
       visible: the mask, lowered, with the segment rule.
       mask: the same as a mask, without the segment rule.
-      segments, positions: of the tokens of this call.
+      segments, positions: of the tokens of this call; another network's keys have none.
       at: slots of the queries, or None where all slots have one.
       keys: whose keys they are: this call's tokens', a cache's with room for more, or another network's.
     """
 
     visible: Bool[Array, "B Q K"]
     mask: Mask
-    segments: Int[Array, "B S"]
-    positions: Int[Array, "B S"]
+    segments: Int[Array, "B S"] | None = None
+    positions: Int[Array, "B S"] | None = None
     at: Int[Array, "B Q"] | None = None
     keys: Keys = field(default="row", metadata={"static": True})
 

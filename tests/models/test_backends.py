@@ -128,9 +128,8 @@ def test_forward_and_gradient(name, backend):
         q, k, v, bias, segments, positions = inputs(np.float64 if exact else np.float32)
         mask = CASES.get(name, Bidirectional())
         tokens = Tokens(jnp.arange(S), segments, positions)
-        view = View(
-            lower(mask, tokens, tokens), mask, segments, positions, keys="memory" if "network" in name else "row"
-        )
+        where = {"keys": "memory"} if "network" in name else {"segments": segments, "positions": positions}
+        view = View(lower(mask, tokens, tokens), mask, **where)
         bias = bias if "bias" in name else None
         pull = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), q.dtype)
 
