@@ -184,16 +184,24 @@ class Attention(nnx.Module):
         q = q if self.query_scale is None else q * self.query_scale
         cache = None
         if context.cache is not None:
-            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=context.cache_length, axis=1)
+            # Kept by heads, as the product reads them: turned over in each step they would be copied in each.
+            turn = lambda x: x.swapaxes(1, 2)
+            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=context.cache_length, axis=2)
             cache = {
-                name: write(context.cache[name], new.astype(context.cache[name].dtype))
+                name: write(context.cache[name], turn(new).astype(context.cache[name].dtype))
                 for name, new in (("key", k), ("value", v))
             }
-            k, v = cache["key"], cache["value"]
-        if self.kv_heads != self.heads:
+            k, v = turn(cache["key"]), turn(cache["value"])
+        # All that a group asks at one slot it may ask as several queries of its head: keys are read once, not repeated.
+        asks_together = q.shape[1] == 1 and bias is None and "attention" not in context.taps
+        if self.kv_heads != self.heads and asks_together:
+            q = q.reshape(len(q), self.kv_heads, -1, self.head_width).swapaxes(1, 2)
+        elif self.kv_heads != self.heads:
             k, v = (jnp.repeat(x, self.heads // self.kv_heads, axis=2) for x in (k, v))
         product = attention_causal if context.causal else attention_full
         mixed = product(q, k, v, visible, bias, backend=self.backend)
+        if q.shape[2] != self.heads:
+            mixed = mixed.swapaxes(1, 2).reshape(len(q), 1, self.heads, self.head_width)
         # No back end hands its weights out: they are computed again for those who look.
         taps = {"attention": reference_weights(q, k, visible, bias)} if "attention" in context.taps else {}
         mixed = constrain(mixed, "batch", "length", "heads", "kv")
@@ -222,5 +230,5 @@ class Attention(nnx.Module):
 
     def empty_cache(self, rows: int, capacity: int, dtype: Any) -> dict[str, Array]:
         """Room for the keys and values of `capacity` tokens."""
-        shape = (rows, capacity, self.kv_heads, self.head_width)
+        shape = (rows, self.kv_heads, capacity, self.head_width)
         return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,18 +113,17 @@ def test_rows_end():
     """Behind their first end token, each for itself; the loop ends with the last row."""
     trunk, given = writer(), prompts(3, 7, 1, 4)
     free = written(trunk, given, stop=Stop(length=9, pad=0)).tokens
-    ends = (int(free[0, 2]), int(free[1, 4]))
+    size = lambda row, ends: next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
+    # Two tokens at which the rows end in different places.
+    pairs = itertools.combinations(range(VOCABULARY.size), 2)
+    ends = max(pairs, key=lambda pair: len({size(row, pair) for row in free}))
+    sizes = np.array([size(row, ends) for row in free])
+    assert len(set(sizes)) > 2
     stop = Stop(length=9, ends=ends, pad=0)
-    found = written(trunk, given, stop=stop)
-    sizes = []
-    for row in range(4):
-        at = np.flatnonzero(np.isin(free[row], ends))
-        sizes.append(at[0] + 1 if len(at) else 9)
-        np.testing.assert_array_equal(found.drawn[row], np.arange(9) < sizes[row])
-        np.testing.assert_array_equal(found.tokens[row], np.where(np.arange(9) < sizes[row], free[row], 0))
-    assert sizes[0] <= 3
-    assert len(set(sizes)) > 1
-    assert not found.log_probability[~found.drawn].any()
+    found, here = written(trunk, given, stop=stop), np.arange(9) < sizes[:, None]
+    np.testing.assert_array_equal(found.drawn, here)
+    np.testing.assert_array_equal(found.tokens, np.where(here, free, 0))
+    assert not found.log_probability[~here].any()
     first = Prompts(given.tokens[:1], given.segments[:1])
     assert written(trunk, first, Counting(), stop) == sizes[0]
     assert written(trunk, given, Counting(), stop) == max(sizes)
