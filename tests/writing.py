@@ -27,9 +27,7 @@ from models import (
 from models.decoding import Prompts
 
 VOCABULARY = Vocabulary(size=13, pad=0, bos=1, eos=2, mask=3, cls=4, sep=5)
-BLOCK = partial(
-    Block, mixer=partial(Attention, heads=2), feed_forward=partial(FeedForward, hidden=8), norm=RMSNorm
-)
+BLOCK = partial(Block, mixer=partial(Attention, heads=2), feed_forward=partial(FeedForward, hidden=8), norm=RMSNorm)
 PLAIN = partial(
     Trunk,
     width=8,
@@ -92,7 +90,9 @@ def full_passes(trunk, length):
     def run(state, tokens, size):
         model = nnx.merge(graph, state)
         here = jnp.arange(length) < size
-        out = model(tokens, segments=here[None].astype(jnp.int32), positions=jnp.arange(length)[None] * here, mask=Causal())
+        out = model(
+            tokens, segments=here[None].astype(jnp.int32), positions=jnp.arange(length)[None] * here, mask=Causal()
+        )
         return out.hidden[0], model.scores(out.hidden[0]).logits()
 
     def passed(ids):

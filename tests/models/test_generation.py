@@ -92,7 +92,10 @@ def test_a_prefix_is_read_in_both_directions():
 
     @jax.jit
     def first(state):
-        model, where = nnx.merge(graph, state), {"segments": given.segments, "positions": jnp.asarray([[0, 1, 0, 1, 2, 0]])}
+        model, where = (
+            nnx.merge(graph, state),
+            {"segments": given.segments, "positions": jnp.asarray([[0, 1, 0, 1, 2, 0]])},
+        )
         passes = [model(given.tokens, mask=mask, **where) for mask in (Prefix(given.segments == 2), Causal())]
         return [model.scores(out.hidden[0, 4]).logits() for out in passes]
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from writing import VOCABULARY, full_passes, log_softmax, prompts, texts, writer
+from writing import full_passes, log_softmax, prompts, texts, writer
 
 from models import Vocabulary
 from models.decoding import Beam, Contrastive, Stop, TrunkDecoder, generate
@@ -26,7 +25,9 @@ def _float64():
 def written(trunk, given, strategy, stop):
     """Continuations on the host."""
     graph, state = nnx.split(trunk)
-    run = lambda s, p: generate(TrunkDecoder(nnx.merge(graph, s)), p, strategy, stop, jax.random.split(jax.random.key(0), 3))
+    run = lambda s, p: generate(
+        TrunkDecoder(nnx.merge(graph, s)), p, strategy, stop, jax.random.split(jax.random.key(0), 3)
+    )
     return jax.device_get(jax.jit(run)(state, given))
 
 
