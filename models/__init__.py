@@ -2,6 +2,13 @@
 
 from models.attention import Attention as Attention
 from models.block import Block as Block
+from models.decoding.beam import Beam as Beam
+from models.decoding.contrastive import Contrastive as Contrastive
+from models.decoding.filters import MinP as MinP
+from models.decoding.filters import TopK as TopK
+from models.decoding.filters import TopP as TopP
+from models.decoding.sampler import Greedy as Greedy
+from models.decoding.sampler import Sampler as Sampler
 from models.experts import Experts as Experts
 from models.families.bert import bert as bert
 from models.families.llama import llama as llama

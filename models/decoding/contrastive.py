@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from models.decoding.decoder import Decoder, Prompts
 from models.decoding.loop import Continuations, Record, Stop, Strategy
 from models.positions import gather
+from partitioning.errors import UserError
 from partitioning.ranges import Range, check_fields
 
 
@@ -59,6 +60,9 @@ class Contrastive(Strategy):
       alpha: weight of the penalty.
       candidates: k.
 
+    Raises:
+      UserError: more candidates than the vocabulary has tokens.
+
     Source: "A Contrastive Framework for Neural Text Generation", Su et al., 2022.
     Differs: a prompt's h_j are of its last document only.
     """
@@ -72,13 +76,16 @@ class Contrastive(Strategy):
     def start(self, model: Decoder, prompts: Prompts, stop: Stop, keys: jax.Array) -> Contrast:
         """See `Strategy.start`: nothing is chosen yet."""
         states, cache = model.read(prompts, stop.length)
-        rows = len(states)
+        rows, last = len(states), gather(states, prompts.last)[:, 0]
+        size = jax.eval_shape(model.scores, last).shape[-1]
+        if self.candidates > size:
+            raise UserError(f"Contrastive.candidates = {self.candidates}: the vocabulary has {size} tokens")
         behind = lambda x: jnp.pad(x, ((0, 0), (0, stop.length), *((0, 0),) * (x.ndim - 2)))
         seen = prompts.here & (prompts.segments == gather(prompts.segments, prompts.last))
         before = _direction(states)
         return Contrast(
             Record.empty(rows, stop, before.dtype),
-            gather(states, prompts.last)[:, 0],
+            last,
             behind(before),
             behind(seen),
             model.rows(cache, jnp.repeat(jnp.arange(rows), self.candidates)),

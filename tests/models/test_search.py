@@ -12,6 +12,7 @@ from writing import full_passes, log_softmax, prompts, texts, writer
 
 from models import Vocabulary
 from models.decoding import Beam, Contrastive, Stop, TrunkDecoder, generate
+from partitioning import UserError
 
 TINY = Vocabulary(size=4, pad=0, bos=-1, eos=1, mask=-1, cls=-1, sep=-1)
 
@@ -116,3 +117,5 @@ def test_contrastive_search_by_hand():
             np.testing.assert_allclose(found.log_probability[row, t], np.log(chances[chosen]), atol=1e-9)
             ids.append(chosen)
     assert moved > 3
+    with pytest.raises(UserError, match="candidates = 14: the vocabulary has 13 tokens"):
+        written(trunk, given, Contrastive(candidates=14), Stop(length=1))
