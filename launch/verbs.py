@@ -118,6 +118,62 @@ def fill(
         typer.echo(show(trunk, tokenizer, text, count=count))
 
 
+@app.command()
+def generate(
+    run: RunFolder,
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="Texts to go on with.", show_default=False)
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line, instead of arguments.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Most new tokens.")] = 64,
+    temperature: Annotated[
+        float | None, typer.Option(min=1e-4, max=1e4, help="Draw from softmax(logits / this).")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from so many likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Draw from the likeliest tokens of this mass.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Draw from tokens this likely beside the likeliest.")
+    ] = None,
+    beams: Annotated[int | None, typer.Option(min=2, help="Beam search over so many sequences.")] = None,
+    contrastive: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Contrastive search, its penalty's weight.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the draws.", show_default="0")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Cut the text before this. May be given again.")] = None,
+    capacity: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of prompt and text.", show_default="as trained")
+    ] = None,
+    allow_import: AllowImport = None,
+) -> None:
+    """Go on with prompts by a trained left-to-right run: greedy, sampling, beam or contrastive search."""
+    from launch import generate as writing
+
+    options = writing.Options(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        beams=beams,
+        contrastive=contrastive,
+        seed=seed,
+    )
+    wanted = writing.prompts_of(texts or [], prompts)
+    value = _saved(run, allow_import).value
+    prefix = writing.reads(value, run)
+    trunk, tokenizer = value.restore(run)
+    parts = value.parts()
+    ids, ends = writing.encoded(tokenizer, parts[-1].data, wanted)
+    writing.check_room(trunk, ids, tokens, max(part.length for part in parts) if capacity is None else capacity)
+    done = writing.generate(
+        trunk, tokenizer, ids, options=options, tokens=tokens, ends=ends, stops=stop or (), prefix=prefix
+    )
+    for prompt, text in zip(wanted, done.texts, strict=True):
+        typer.echo(f"{prompt}{text}")
+    typer.echo(done.speed())
+
+
 @app.command("import")
 def import_(
     folder: Annotated[

@@ -3,6 +3,13 @@
 from models.attention import Attention as Attention
 from models.block import Block as Block
 from models.cross_attention import CrossAttention as CrossAttention
+from models.decoding.beam import Beam as Beam
+from models.decoding.contrastive import Contrastive as Contrastive
+from models.decoding.filters import MinP as MinP
+from models.decoding.filters import TopK as TopK
+from models.decoding.filters import TopP as TopP
+from models.decoding.sampler import Greedy as Greedy
+from models.decoding.sampler import Sampler as Sampler
 from models.disentangled import DisentangledAttention as DisentangledAttention
 from models.encoder_decoder import EncoderDecoder as EncoderDecoder
 from models.experts import Experts as Experts

@@ -129,12 +129,14 @@ class Attention(nnx.Module):
             k = rotate(k, context.positions, self.theta, self.scaling)
         cache = None
         if context.cache is not None:
-            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=context.cache_length, axis=1)
+            # Kept by heads, as the product reads them: turned over in each step they would be copied in each.
+            turn = lambda x: x.swapaxes(1, 2)
+            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=context.cache_length, axis=2)
             cache = {
-                name: write(context.cache[name], new.astype(context.cache[name].dtype))
+                name: write(context.cache[name], turn(new).astype(context.cache[name].dtype))
                 for name, new in (("key", k), ("value", v))
             }
-            k, v = cache["key"], cache["value"]
+            k, v = turn(cache["key"]), turn(cache["value"])
         bias = self._bias(q, k, bias, context)
         keys: Keys = "cache" if cache is not None else "row" if context.source is None else "memory"
         view = View(visible, context.mask, context.segments, context.positions, at, keys)
@@ -188,7 +190,7 @@ class Attention(nnx.Module):
 
     def empty_cache(self, rows: int, capacity: int, dtype: Any) -> dict[str, Array]:
         """Room for the keys and values of `capacity` tokens."""
-        shape = (rows, capacity, self.kv_heads, self.head_width)
+        shape = (rows, self.kv_heads, capacity, self.head_width)
         return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
 
 

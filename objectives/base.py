@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +136,14 @@ class Objective:
     Class attributes:
       couples_rows: whether a row's loss depends on the other rows of the same call. Such an objective refuses
         accumulation; one that couples rows in `prepare` does not set it.
+      continues: how a trunk that learns this reads the text that it goes on with: 'causal', or 'prefix', where the text's
+        tokens all see each other; None where it learns no continuation.
     """
+
+    @property
+    def continues(self) -> Literal["causal", "prefix"] | None:
+        """What the first of the objectives inside says, that says something."""
+        return next((child.continues for child in self.children() if child.continues), None)
 
     @property
     def couples_rows(self) -> bool:

@@ -23,6 +23,8 @@ class CausalLM(Objective):
     Differs: nothing known.
     """
 
+    continues = "causal"
+
     penalty: TokenLoss = field(default_factory=TokenLoss)
 
     def __call__(self, models, batch, *, step, key):

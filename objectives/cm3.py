@@ -37,6 +37,8 @@ class CM3(Objective):
     Differs: at most 4 spans, not 16, and no two spans touch; a special token at a document's beginning or end is kept.
     """
 
+    continues = "causal"
+
     mean: Annotated[float, Range(0, 16)] = 1.0
     most: Annotated[int, Range(0, 64)] = 4
     shortest: Annotated[int, Range(2, 1 << 20)] = 32

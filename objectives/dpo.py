@@ -40,6 +40,8 @@ class DPO(Objective):
     Differs: nothing known.
     """
 
+    continues = "causal"
+
     beta: Annotated[float, Range(0, 1e4)] = 0.1
     smoothing: Annotated[float, Range(0, 0.5)] = 0.0
 

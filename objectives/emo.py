@@ -40,6 +40,8 @@ class EMO(Objective):
     Differs: the costs are the trunk's embeddings at the start of the run, where the paper takes a trained model's.
     """
 
+    continues = "causal"
+
     tokens_per_chunk: Annotated[int, Range(1, 1 << 30)] = 768
 
     def __post_init__(self):

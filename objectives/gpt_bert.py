@@ -31,6 +31,8 @@ class GPTBert(Masking):
     Differs: rows, not devices, are divided between the modes.
     """
 
+    continues = "causal"
+
     ratio: Annotated[float, Range(0, 1)] = 15 / 16
 
     def __post_init__(self):

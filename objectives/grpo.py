@@ -38,6 +38,8 @@ class GRPO(Objective):
     Differs: one update a sample and no divergence term, so the ratio is 1 up to rounding and only its gradient counts.
     """
 
+    continues = "causal"
+
     reward: Reward
     samples: Annotated[int, Range(2, 1 << 20)] = 4
     length: Annotated[int, Range(1, 1 << 20)] = 32

@@ -26,6 +26,8 @@ class MEAP(Masking):
     Differs: special tokens are not hidden; in fine-tuning there is no second, whole copy of the text.
     """
 
+    continues = "causal"
+
     replace: Replace = field(default_factory=lambda: Replace(mask=1.0, random=0.0))
 
     def __call__(self, models, batch, *, step, key):

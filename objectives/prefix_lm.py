@@ -34,6 +34,8 @@ class PrefixLM(Objective):
     Differs: prefix and rest are one row of one decoder, each document of a packed row with a prefix of its own.
     """
 
+    continues = "prefix"
+
     least: Annotated[float, Range(0, 1)] = 0.0
     most: Annotated[float, Range(0, 1)] = 1.0
     penalty: TokenLoss = field(default_factory=TokenLoss)

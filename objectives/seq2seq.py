@@ -29,6 +29,8 @@ class Seq2Seq(Objective):
     Differs: nothing known.
     """
 
+    continues = "causal"
+
     inputs: str = "query"
     targets: str = "positive"
     penalty: TokenLoss = field(default_factory=TokenLoss)

@@ -18,6 +18,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 FLAGS = ["--xla_backend_optimization_level=0"]
 if version("jax") < "0.12":
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+# Eight devices on few cores may keep each other waiting for longer than the 40 s after which XLA ends the process.
+FLAGS.append("--xla_cpu_collective_call_terminate_timeout_seconds=600")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 
 import jax

@@ -16,6 +16,10 @@ def xla(
 ) -> Float[Array, "B Q H K"]:
     """The product for training: scores in float32 whatever the inputs; of the weights one array is kept for the gradient."""
     heads_first = lambda x: x.transpose(0, 2, 1, 3)
+    if q.shape[1] == 1 and k.shape[2] < q.shape[2] and bias is None:
+        # All that a group asks at one slot it may ask as several queries of its head: keys are read once, not repeated.
+        together = q.reshape(len(q), k.shape[2], -1, q.shape[3]).swapaxes(1, 2)
+        return xla(together, k, v, view, None).swapaxes(1, 2).reshape(q.shape)
     k, v = over_heads(k, q.shape[2]), over_heads(v, q.shape[2])
     q, k, v = heads_first(q * q.shape[-1] ** -0.5), heads_first(k), heads_first(v)
     wide = jnp.promote_types(q.dtype, jnp.float32)

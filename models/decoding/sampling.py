@@ -1,4 +1,4 @@
-"""Sampling from a causal trunk, one token at a time over a cache."""
+"""Prompts with sampled continuations behind them, as training takes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from models.masks import Causal
+from models.decoding.decoder import Prompts, TrunkDecoder
+from models.decoding.loop import Stop, generate
+from models.decoding.sampler import Greedy, Sampler
 
 
 @jax.tree_util.register_dataclass
@@ -48,37 +50,17 @@ def sample(
       keys: one key a row.
       temperature: at least 0.
     """
-    rows, prompt = tokens.shape
-    vocabulary = trunk.vocabulary
-    size = (segments > 0).sum(1)
-    positions = jnp.where(segments > 0, jnp.arange(prompt), 0)
-    out = trunk(
-        tokens,
-        segments=segments,
-        positions=positions,
-        mask=Causal(),
-        cache=trunk.empty_cache(rows, prompt + length),
-        at=jnp.maximum(size - 1, 0)[:, None],
-    )
-
-    def draw(carry, t):
-        hidden, cache, alive = carry
-        logits = trunk.scores(hidden[:, 0]).logits()
-        logits = logits / temperature if temperature else logits
-        noise = jax.vmap(lambda k: jax.random.gumbel(jax.random.fold_in(k, t), logits.shape[1:]))(keys)
-        token = jnp.argmax(logits + noise if temperature else logits, axis=-1).astype(tokens.dtype)
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
-        token = jnp.where(alive, token, vocabulary.pad)
-        here = alive.astype(segments.dtype)
-        place = jnp.where(alive, size + t, 0)
-        out = trunk(token[:, None], segments=here[:, None], positions=place[:, None], mask=Causal(), cache=cache)
-        step = (token, here, place.astype(positions.dtype), alive, jnp.where(alive, chosen, 0))
-        return (out.hidden, out.cache, alive & (token != vocabulary.eos)), step
-
-    start = (out.hidden, out.cache, jnp.ones((rows,), bool))
-    _, (token, here, place, drawn, chosen) = jax.lax.scan(draw, start, jnp.arange(length))
-    join = lambda first, then: jnp.concatenate([first, then.T.astype(first.dtype)], axis=1)
-    nothing = jnp.zeros((rows, prompt), chosen.dtype)
+    prompts, vocabulary = Prompts(tokens, segments), trunk.vocabulary
+    strategy = Sampler(temperature=temperature) if temperature else Greedy()
+    stop = Stop(length=length, ends=(vocabulary.eos,), pad=vocabulary.pad)
+    found = generate(TrunkDecoder(trunk), prompts, strategy, stop, keys)
+    segment, position = prompts.following
+    join = lambda first, then: jnp.concatenate([first, then.astype(first.dtype)], axis=1)
+    nothing = jnp.zeros(tokens.shape, found.log_probability.dtype)
     return Samples(
-        join(tokens, token), join(segments, here), join(positions, place), join(nothing, drawn), join(nothing, chosen)
+        join(tokens, found.tokens),
+        join(segments, jnp.where(found.drawn, segment[:, None], 0)),
+        join(prompts.positions, jnp.where(found.drawn, position[:, None] + jnp.arange(length), 0)),
+        join(nothing, found.drawn),
+        join(nothing, found.log_probability),
     )

@@ -14,6 +14,7 @@ from relations import VOCABULARY
 
 from models import Attention, Block, Causal, FeedForward, LayerNorm, RMSNorm, Trunk
 from models.cross_attention import CrossAttention
+from models.decoding import Beam, Contrastive, Greedy, Prompts, Stop, decoder_of, generate, unrolled
 from models.disentangled import DisentangledAttention
 from models.families.t5 import t5
 from models.relative import RelativeBias, RelativePlaces, log_buckets, spread
@@ -26,22 +27,20 @@ PLACES, TARGET_PLACES = np.array([[0, 1, 2, 0, 1, 2, 0]]), np.array([[0, 1, 0, 1
 D = 8
 
 
-def filled(model):
+def filled(model, size=1.0):
     """The same model with weights that matter, in float64."""
-    values = {
-        path: jnp.asarray(weight(path, leaf.shape), "float64") for path, leaf in flatten(model, nnx.Param).items()
-    }
+    drawn = lambda path, leaf: jnp.asarray(size * weight(path, leaf.shape), "float64")
+    values = {path: drawn(path, leaf) for path, leaf in flatten(model, nnx.Param).items()}
     graph, state = nnx.split(model)
-    state = jax.tree.map(lambda x: x.astype("float64"), state)
-    model = nnx.merge(graph, state)
+    model = nnx.merge(graph, jax.tree.map(lambda x: x.astype("float64"), state))
     replace_values(model, values)
     return model
 
 
-def made(**options):
+def made(tied=True, size=1.0, **options):
     sizes = {"width": D, "layers": 2, "decoder_layers": 3, "heads": 2, "head_width": 3, "hidden": 12, "buckets": 8}
     trunk = partial(Trunk, dtype="float64", **options)
-    return filled(t5(VOCABULARY, **sizes, longest=8, trunk=trunk, rngs=nnx.Rngs(0)))
+    return filled(t5(VOCABULARY, **sizes, longest=8, tied=tied, trunk=trunk, rngs=nnx.Rngs(0)), size)
 
 
 def embedded(model, draw):
@@ -191,3 +190,54 @@ def test_a_cross_block_is_two_blocks_where_the_text_is_its_own_memory():
         expected = plain(embeddings=x, **where).hidden
     present = SEGMENTS > 0
     np.testing.assert_allclose(found[present], expected[present], rtol=1e-12)
+
+
+def test_writing_over_a_cache_is_full_passes():
+    """Greedy, and the searches that reduce to it: each prompt by itself and without a cache, token after token."""
+    prompts = np.array([[7, 8, 9, 10, 11], [12, 6, 0, 0, 0], [9, 9, 13, 0, 0]])
+    segments = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 2, 2, 0, 0]])
+    steps = 5
+    with jax.enable_x64(True):
+        model = made(tied=False, size=4.0, vocab_multiple=8)
+        given = Prompts(jnp.asarray(prompts), jnp.asarray(segments))
+        stop, keys = Stop(length=steps, pad=0), jax.random.split(jax.random.key(0), 3)
+        strategies = [Greedy(), Beam(beams=1, penalty=0.0), Contrastive(alpha=0.0, candidates=3)]
+        graph, state = nnx.split(unrolled(model))
+        write = lambda state, strategy: generate(decoder_of(nnx.merge(graph, state)), given, strategy, stop, keys)
+        found = [jax.device_get(jax.jit(write, static_argnums=1)(state, strategy)) for strategy in strategies]
+        for row, own in enumerate([prompts[0], prompts[1][:2], prompts[2][1:3]]):
+            written = [model.start]
+            where = {"segments": jnp.ones((1, len(own)), int), "positions": jnp.arange(len(own))[None]}
+            for t in range(steps):
+                there = {"target_segments": jnp.ones((1, t + 1), int), "target_positions": jnp.arange(t + 1)[None]}
+                out = model(jnp.asarray(own[None]), targets=jnp.asarray([written]), **where, **there)
+                written.append(int(model.scores(out.hidden[0, -1]).logits().argmax()))
+            for one in found:
+                np.testing.assert_array_equal(one.tokens[row], written[1:])
+    assert len(np.unique(found[0].tokens)) > 3
+
+
+def test_the_best_of_all_sequences_is_what_a_wide_beam_finds():
+    """Sixty-four hypotheses over a row's own memory, carried through the cache, against each sequence scored whole."""
+    small = type(VOCABULARY)(size=8, pad=0, bos=1, eos=2, mask=3, cls=4, sep=5)
+    sizes = {"width": D, "layers": 1, "decoder_layers": 2, "heads": 2, "head_width": 3, "hidden": 12, "buckets": 8}
+    with jax.enable_x64(True):
+        trunk = partial(Trunk, dtype="float64", vocab_multiple=8)
+        model = filled(t5(small, **sizes, longest=8, trunk=trunk, rngs=nnx.Rngs(0)))
+        prompts = jnp.asarray([[6, 7, 3], [7, 0, 0]])
+        given = Prompts(prompts, jnp.asarray([[1, 1, 1], [1, 0, 0]]))
+        keys = jax.random.split(jax.random.key(0), 2)
+        beam = Beam(beams=64, penalty=0.0)
+        found = jax.jit(lambda: generate(decoder_of(model), given, beam, Stop(length=3, pad=0), keys))()
+        every = np.stack(np.meshgrid(*[np.arange(8)] * 3, indexing="ij"), -1).reshape(-1, 3)
+        targets = np.concatenate([np.full((len(every), 1), model.start), every[:, :2]], 1)
+        many = lambda x: jnp.asarray(np.tile(x, (len(every), 1)))
+        for row, size in enumerate((3, 1)):
+            out = model(
+                many(prompts[row, :size]), segments=many(np.ones(size, int)), positions=many(np.arange(size)),
+                targets=jnp.asarray(targets), target_segments=many(np.ones(3, int)), target_positions=many(np.arange(3)),
+            )  # fmt: skip
+            log = jax.nn.log_softmax(model.scores(out.hidden).logits())
+            total = np.asarray(jnp.take_along_axis(log, jnp.asarray(every)[..., None], -1)[..., 0].sum(1))
+            np.testing.assert_array_equal(found.tokens[row], every[total.argmax()])
+            np.testing.assert_allclose(found.log_probability[row].sum(), total.max(), rtol=1e-9)

@@ -1,0 +1,146 @@
+"""Greedy decoding with a Llama against `transformers.generate` on the same cores, float32.
+
+    python -m benchmarks decode
+
+8 layers, width 512, 8 heads (4 of keys), feed-forward layers of 1,408, 32,000 tokens of vocabulary, tied; the same weights
+on both sides. Prompts of 64 tokens, 128 new ones, none of which ends a row. All prompts are of one length, so that
+`transformers` pays for no padding. A turn is one whole call, prompt included; a step is the time of a call that is not the
+prompt's, over its tokens. At batch 1 the floor is the time to read every weight once a token.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import results
+from benchmarks.harness import Contestant, alternate
+
+TARGET = 3.0
+PROMPT, NEW = 64, 128
+SIZES = {"width": 512, "layers": 8, "heads": 8, "kv_heads": 4, "hidden": 1408, "theta": 10_000.0}
+VOCABULARY = 32_000
+
+
+def prompts(rows: int) -> np.ndarray:
+    """Random ids, `[B, P]`."""
+    return np.random.default_rng(0).integers(6, VOCABULARY, (rows, PROMPT))
+
+
+def trunk() -> Any:
+    """Ours, at random."""
+    from flax import nnx
+
+    from models import Vocabulary, llama
+
+    return llama(Vocabulary(size=VOCABULARY, pad=0, bos=1, eos=2, mask=3, cls=4, sep=5), **SIZES, rngs=nnx.Rngs(0))
+
+
+def ours(rows: int) -> tuple[Callable[[], None], dict[str, Any]]:
+    """Contestant: one program of prefill and loop."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from models.decoding import Greedy, Prompts, Stop, TrunkDecoder, generate, unrolled
+
+    graph, state = nnx.split(unrolled(trunk()))
+    given = Prompts(jnp.asarray(prompts(rows), jnp.int32), jnp.ones((rows, PROMPT), jnp.int32))
+    keys = jax.random.split(jax.random.key(0), rows)
+
+    def run(state: Any, given: Any, length: int) -> Any:
+        return generate(TrunkDecoder(nnx.merge(graph, state)), given, Greedy(), Stop(length=length), keys).tokens
+
+    program, first = (jax.jit(partial(run, length=n)) for n in (NEW, 1))
+
+    def timed(program: Any) -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(program(state, given))
+        return time.perf_counter() - begin
+
+    facts = {
+        "tokens": np.asarray(program(state, given)).tolist(),
+        "prefill": statistics.median([timed(first) for _ in range(6)][1:]),
+        "bytes": sum(x.nbytes for x in jax.tree.leaves(state)),
+    }
+
+    def turn() -> None:
+        jax.block_until_ready(program(state, given))
+
+    return turn, facts
+
+
+def theirs(rows: int) -> tuple[Callable[[], None], dict[str, Any]]:
+    """Contestant: `transformers.generate` with its cache, from the weights that ours exports."""
+    import torch
+    import transformers
+    from flax import nnx
+
+    from models.hub.folder import export
+    from models.stack import unstack
+    from models.variables import flatten
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    made = trunk()
+    values = {name: np.asarray(value) for name, value in unstack(flatten(made, nnx.Param)).items()}
+    with tempfile.TemporaryDirectory() as folder:
+        export(Path(folder) / "model", made, values)
+        model = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model").float().eval()
+    given = torch.tensor(prompts(rows))
+    how = {"attention_mask": torch.ones_like(given), "do_sample": False, "min_new_tokens": NEW, "max_new_tokens": NEW}
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return model.generate(given, pad_token_id=0, eos_token_id=None, **how)
+
+    def turn() -> None:
+        run()
+
+    return turn, {"tokens": run()[:, PROMPT:].tolist()}
+
+
+def main() -> None:
+    """Measures and writes the section."""
+    rows = []
+    for batch in (1, 16):
+        mine, other = (Contestant(f"{side} {batch}", __name__, side, rows=batch) for side in ("ours", "theirs"))
+        found = alternate([mine, other], wanted=5, times=1)
+        low, high = found.ratios(other.name, mine.name)
+        speed = lambda c, found=found, batch=batch: f"{batch * NEW / found.seconds(c.name):.0f}"
+        alike = np.mean(np.equal(mine.facts["tokens"], other.facts["tokens"]))
+        step = (found.seconds(mine.name) - mine.facts["prefill"]) / (NEW - 1)
+        rows.append(
+            (
+                batch,
+                speed(mine),
+                speed(other),
+                f"{found.ratio(other.name, mine.name):.2f} ({low:.2f} to {high:.2f})",
+                f"{1e3 * step:.1f}",
+                f"{mine.facts['bytes'] / step / 1e9:.0f}",
+                f"{100 * alike:.0f} %",
+                found.note(),
+            )
+        )
+    head = ("batch", "ours", "`transformers`", "ratio", "ms a step", "GB/s of weights", "tokens alike", "rounds")
+    body = "\n".join(
+        [
+            (__doc__ or "").split("\n\n")[-1].strip(),
+            "",
+            results.table(head, rows),
+            "",
+            f"Tokens a second, of {NEW} new ones a row. Target: {TARGET} times `transformers`.",
+        ]
+    )
+    results.write("decode", "Decoding", body)
+
+
+if __name__ == "__main__":
+    main()
