@@ -2,7 +2,9 @@
 
     python -m benchmarks optimizers
 
-The BERT-like encoder of `bert_step`, 4 layers of width 256, 2,048 tokens of vocabulary, 8 rows of 128 tokens.
+The BERT-like encoder of `bert_step`, 4 layers of width 256, 2,048 tokens of vocabulary, 8 rows of 128 tokens. Conda, GaLore
+and Fira search for a basis every so many steps: their own rows are steps between two searches, and those named so are steps
+that search.
 """
 
 from __future__ import annotations
@@ -25,6 +27,11 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Adafactor": ("Adafactor", {}),
     "LAMB": ("Lamb", {}),
     "Muon": ("Muon", {}),
+    "Conda": ("Conda", {}),
+    "Conda, searching": ("Conda", {"every": 1}),
+    "GaLore, rank 32": ("GaLore", {"rank": 32}),
+    "Fira, rank 32": ("Fira", {"rank": 32}),
+    "Fira, rank 32, searching": ("Fira", {"rank": 32, "every": 1}),
 }
 
 

@@ -19,6 +19,9 @@ from models.stack import layer_names
 from objectives import CausalLM, InfoNCE
 from partitioning import UserError, data
 from training.adafactor import Adafactor
+from training.conda import Conda
+from training.fira import Fira
+from training.galore import GaLore
 from training.guard import Guard
 from training.lion import Lion
 from training.muon import Muon
@@ -33,6 +36,9 @@ RULES = {
     "Muon": Muon(learning_rate=0.02),
     "Adafactor": Adafactor(learning_rate=0.02, smallest=4),
     "Lion": Lion(learning_rate=0.005),
+    "Conda": Conda(learning_rate=0.02, every=2),
+    "GaLore": GaLore(learning_rate=0.02, rank=2, every=2),
+    "Fira": Fira(learning_rate=0.02, rank=2, every=2),
     "Groups": Groups(
         groups={
             ".*mixer.*": Muon(learning_rate=0.02),
