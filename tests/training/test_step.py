@@ -212,7 +212,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_compiled():
     refused("batch_size = 8 does not divide into accumulate = 3", accumulate=3)
     refused("InfoNCE compares the rows of a batch", "info_nce", accumulate=2, batch_size=16)
     refused("every tree is frozen", freeze=[".*"])
-    refused("freeze rule 'nothing' matches no parameter of tree 'trunk'", freeze=["nothing"])
+    refused("freeze of tree 'trunk': 'nothing' matches no parameter; nearest: ", freeze=["nothing"])
     stages = [Stage(steps=1), Stage(steps=1, optimizer=Sgd(learning_rate=0.1))]
     refused("states of different structure", steps=None, stages=stages)
     refused("either steps or stages, and has neither", steps=None)
