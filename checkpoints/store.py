@@ -256,6 +256,20 @@ class Checkpoints:
         except BrokenError as error:
             raise UserError(f"{self.folder / str(step)}: {error}") from None
 
+    def newest(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Shape and dtype of every leaf of the newest checkpoint whose record can be read, and its metadata.
+
+        Raises:
+          UserError: there is none.
+        """
+        for step in reversed(self.steps()):
+            try:
+                record = self._record(step)
+            except BrokenError:
+                continue  # Said by the restore that follows.
+            return record["leaves"], record["metadata"]
+        raise UserError(f"{self.folder} has no checkpoint whose record can be read")
+
     def verify(self, step: int) -> None:
         """Reads a whole checkpoint, on one device, and compares every leaf with its checksum.
 
@@ -349,6 +363,25 @@ class Checkpoints:
                     writer.save(target, {key: leaf for key, leaf in flat.items() if leaf.size})
                     writer.wait_until_finished()
         return reference
+
+    def frozen_leaves(self, reference: Mapping[str, str]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of each leaf of a frozen tree.
+
+        Raises:
+          UserError: it is missing or cannot be read.
+        """
+        import orbax.checkpoint as ocp
+
+        where = self.folder / reference["path"]
+        if not where.exists():
+            raise UserError(f"the frozen tree {where} is missing: copy it there, or start the run anew")
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                found = reader.metadata(where).item_metadata.tree
+        # As in `_read`.
+        except Exception as error:
+            raise UserError(f"the frozen tree {where} cannot be read ({type(error).__name__}: {error})") from error
+        return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in found.items()}
 
     def load_frozen(self, reference: Mapping[str, str], abstract: Any) -> Any:
         """A frozen tree in the structure and shardings of `abstract`, with the content its reference names.

@@ -68,7 +68,7 @@ class TokenizerJson:
             content = file.read_bytes()
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-        library = _parsed(content, str(file))
+        library = parsed(content, str(file))
         if self.add:
             import tokenizers
 
@@ -97,7 +97,8 @@ class TokenizerJson:
         return Specials(**ids)
 
 
-def _parsed(content: bytes, where: str) -> Any:
+def parsed(content: bytes, where: str) -> Any:
+    """The library's tokenizer of a file's content. Errors: UserError naming `where`."""
     try:
         import tokenizers
     except ImportError:
@@ -124,7 +125,7 @@ class Loaded(ByPiece):
 
     def __init__(self, content: bytes, specials: Specials):
         self.content, self.specials = content, specials
-        self._library = _parsed(content, "tokenizer.json")
+        self._library = parsed(content, "tokenizer.json")
 
     @cached_property
     def identity(self) -> str:

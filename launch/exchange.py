@@ -25,6 +25,7 @@ def imported(folder: Path, out: Path) -> list[str]:
     import jax
     from flax import nnx
 
+    from data.hub_tokenizers import spec_of
     from models.hub.folder import Folder
     from models.stack import unstack
     from models.variables import flatten
@@ -40,15 +41,22 @@ def imported(folder: Path, out: Path) -> list[str]:
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
     found, left = opened.load(trunk, shapes)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(_gin(opened, folder), encoding="utf-8")
+    tokenizer = spec_of(folder)
+    out.write_text(_gin(opened, folder, tokenizer), encoding="utf-8")
     count = sum(array.size for array in found.values())
     lines = [f"{folder}: a {opened.family} of {count:,} parameters, {len(found)} arrays used"]
     if left:
         lines.append(f"left: {', '.join(left)}")
+    if tokenizer is None:
+        lines.append(
+            f"{folder}: no tokenizer.json: the data's own tokenizer must be the one that the model was trained with"
+        )
+    else:
+        lines.append(f"{tokenizer.path}: `palmette prepare` will use it, specials {dict(tokenizer.specials or {})}")
     return [*lines, f"{out}: written; train with it beside a config of data and objective"]
 
 
-def _gin(opened: Any, folder: Path) -> str:
+def _gin(opened: Any, folder: Path, tokenizer: Any) -> str:
     lines = [
         f"# Part: the {opened.config['model_type']} in {folder}, its weights the initial ones.",
         "# Required beside it: training.Run.data, training.Run.objective and an optimizer.",
@@ -67,6 +75,18 @@ def _gin(opened: Any, folder: Path) -> str:
             lines += [f"models.{kind}.{f.name} = {getattr(value, f.name)!r}" for f in dataclasses.fields(value)]
         else:
             lines.append(f"{name} = {value!r}")
+    if tokenizer is not None:
+        from data.hub_tokenizers import around
+
+        begin, end = around(tokenizer)
+        lines.insert(lines.index("import models"), "import data")
+        lines += [
+            "data.Cached.tokenizer = @data.TokenizerJson()",
+            f"data.TokenizerJson.path = {tokenizer.path!r}",
+            f"data.TokenizerJson.specials = {dict(tokenizer.specials)!r}",
+            f"data.Cached.begin = {begin!r}",
+            f"data.Cached.end = {end!r}",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -87,12 +107,16 @@ def exported(run: Any, folder: Path, out: Path) -> list[str]:
     import numpy as np
     from flax import nnx
 
+    from data.hub_tokenizers import files_of
     from models.hub.folder import export
     from models.stack import unstack
     from models.variables import flatten
 
-    trunk, _ = run.restore(folder)
+    trunk, tokenizer = run.restore(folder)
+    files = files_of(tokenizer)
     values = {name: np.asarray(value) for name, value in unstack(flatten(trunk, nnx.Param)).items()}
-    export(out, trunk, values)
+    export(out, trunk, values, files)
     count = sum(value.size for value in values.values())
-    return [f"{out}: a {trunk.family.name} of {count:,} parameters, without a tokenizer"]
+    kind = type(tokenizer).__name__
+    said = "with its tokenizer" if files else f"without a tokenizer: the run's ({kind}) is no tokenizer.json"
+    return [f"{out}: a {trunk.family.name} of {count:,} parameters, {said}"]

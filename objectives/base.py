@@ -75,13 +75,17 @@ class Companion:
       train: whether its parameters have gradients. A tree that is not trained is frozen: no optimizer state, saved once.
         A teacher that moves is a module whose parameters are buffers (`models.variables.as_buffers`).
       freeze: regular expressions over parameter paths; parameters that match are frozen in a trained tree.
-      init_from: a run's folder whose trunk gives the values; None for the module's own.
+      init_from: a run's folder whose trunk gives the values, or a model's in the Hugging Face layout; None for the
+        module's own.
+      reinitialise: regular expressions over parameter paths, layers by index; parameters that match are not taken from
+        `init_from`.
     """
 
     module: nnx.Module
     train: bool = True
     freeze: tuple[str, ...] = ()
     init_from: str | None = None
+    reinitialise: tuple[str, ...] = ()
 
 
 class Models:

@@ -167,6 +167,25 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(placement.mesh, spec))
 
 
+def apart(function: Callable[[jax.Array], Any], x: jax.Array, *names: str | None) -> Any:
+    """`function(x)`, each device alone with its part of `x`, so that the compiler cuts nothing inside it.
+
+    Args:
+      function: of an array, to arrays whose first dimensions are those that are cut; it takes each part by itself.
+      x: the array.
+      names: the logical names of its dimensions, as `constrain` takes them; those without are whole on every device.
+
+    Raises:
+      UserError: as `constrain`.
+    """
+    x = constrain(x, *names)
+    placement = _SCOPE.get()
+    if placement is None:
+        return function(x)
+    spec = placement.spec(names, x.shape, table="activations", what=f"array {names}")
+    return jax.shard_map(function, mesh=placement.mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
+
+
 def is_cut(name: str) -> bool:
     """Whether the rules in scope cut activations along a logical axis over several devices."""
     placement = _SCOPE.get()

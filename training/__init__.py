@@ -1,7 +1,10 @@
 """How it learns: runs, stages, optimizers and the loop."""
 
 from training.adafactor import Adafactor as Adafactor
+from training.conda import Conda as Conda
 from training.ema import Ema as Ema
+from training.fira import Fira as Fira
+from training.galore import GaLore as GaLore
 from training.guard import Guard as Guard
 from training.lion import Lion as Lion
 from training.muon import Muon as Muon

@@ -1,7 +1,11 @@
-"""Initial values of a tree: another run's trunk, or a model in the Hugging Face layout."""
+"""Initial values of a tree: another run's trunk, or a model in the Hugging Face layout, whole or in part."""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +17,132 @@ from models.hub.folder import CONFIG, Folder
 from models.stack import layer_names
 from models.variables import Flat
 from partitioning import Placement, UserError
+from training.paths import found_by
 from training.state import by_group, by_index
 from training.trees import Trees
 
+REPORT = "init_from.json"
+NAMED = 4
+"""Names in a line of the report; all are in the file."""
 
-def initial_values(trees: Trees, placement: Placement, tree: str, folder: str) -> Flat:
-    """The parameters that `folder` has for a tree, in the tree's grouping and shardings, by path.
+
+@dataclass(frozen=True)
+class Initial:
+    """What a tree begins with; parameters are named by path, layers by index.
+
+    Args:
+      values: arrays by path, in the tree's grouping and shardings.
+      source: the folder.
+      used: parameters that the folder gave.
+      reinitialised: parameters that begin as in a run without the folder.
+      left: what the folder has and the tree has no place for, by its names there.
+    """
+
+    values: Flat = field(repr=False)
+    source: str
+    used: list[str]
+    reinitialised: list[str]
+    left: list[str]
+
+    def line(self, tree: str) -> str:
+        """The report of a tree in one line."""
+        parts = [f"{len(self.used)} parameters used"]
+        for kind, names in (("re-initialised", self.reinitialised), ("left there", self.left)):
+            if names:
+                more = ", ..." if len(names) > NAMED else ""
+                parts.append(f"{len(names)} {kind}: {', '.join(names[:NAMED])}{more}")
+        return f"{tree} from {self.source}: {'; '.join(parts)}"
+
+
+def keep_report(out: Path, initial: Mapping[str, Initial], say: Callable[[str], None]) -> None:
+    """Says what each tree began with, and writes `init_from.json` into a run's folder."""
+    for tree, found in initial.items():
+        say(found.line(tree))
+    if initial and not jax.process_index():
+        record = {tree: {k: v for k, v in asdict(found).items() if k != "values"} for tree, found in initial.items()}
+        out.mkdir(parents=True, exist_ok=True)
+        aside = out / f".{REPORT}.{os.getpid()}"
+        aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        aside.replace(out / REPORT)
+
+
+def initial_values(trees: Trees, placement: Placement, tree: str, seeded: Callable[[], Flat]) -> Initial:
+    """The parameters that a tree's `init_from` has for it; those that `reinitialise` matches are the run's own.
 
     Args:
       trees: of the run.
       placement: its mesh and rules.
       tree: which one.
-      folder: a run's, or one with `config.json` and safetensors.
+      seeded: the values of a run without `init_from`, by leaf name.
 
     Raises:
-      UserError: it is neither; it holds another model; a file in it is broken.
+      UserError: the folder is neither a run's nor one with `config.json` and safetensors; a parameter that is not to be
+        re-initialised is not there, or of another shape; a pattern matches nothing; a file is broken.
     """
+    folder, patterns = trees.init_from[tree]
     names, shardings = layer_names(trees.shapes), trees.shardings(placement)
     mine = {
         name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name])
         for name, shape in trees.shapes.items()
         if name.startswith(f"{tree}/") and trees.kinds[name] != "buffers"
     }
-    by_layer = by_index(mine, names)
+    short = lambda flat: {name.removeprefix(f"{tree}/"): leaf for name, leaf in flat.items()}
+    leaves = short(by_index(mine, names))
+    anew = found_by(patterns, leaves, owner=f"reinitialise of tree {tree!r}")
+    wanted = {name: leaf for name, leaf in leaves.items() if name not in anew}
     if (Path(folder) / CONFIG).is_file():
-        flat = _from_hub(trees, tree, folder, by_layer)
+        found, left = _from_hub(nnx.merge(trees.graphs[tree], trees.abstract[tree]), folder, leaves, wanted)
     else:
-        flat = _from_run(tree, folder, by_layer)
-    return {name.removeprefix(f"{tree}/"): value for name, value in by_group(flat, mine, names).items()}
+        found, left = _from_run(folder, leaves, wanted, placement)
+    if anew:
+        own = short(by_index({name: leaf for name, leaf in seeded().items() if name in mine}, names))
+        found = found | {name: own[name] for name in anew}
+    values = by_group({f"{tree}/{name}": value for name, value in found.items()}, mine, names)
+    return Initial(short(values), folder, sorted(wanted), sorted(anew), left)
 
 
-def _from_run(tree: str, folder: str, by_layer: dict[str, Any]) -> Flat:
-    there = {f"trunk{name.removeprefix(tree)}": leaf for name, leaf in by_layer.items()}
+def _from_run(folder: str, leaves: Flat, wanted: Flat, placement: Placement) -> tuple[Flat, list[str]]:
+    """Parameters of a run's trunk, from its newest checkpoint and, where they were frozen there, from its frozen tree."""
     store = Checkpoints(str(Path(folder) / "checkpoints"))
     if not store.steps():
         raise UserError(
             f"init_from: {folder} has neither checkpoints nor {CONFIG}: expected the folder of a run, or of a model in "
             "the Hugging Face layout"
         )
-    kept, _ = store.restore_part({"params": there})
-    return {f"{tree}{name.removeprefix('trunk')}": value for name, value in kept["params"].items()}
+    table, metadata = store.newest()
+    trained, frozen = "params/trunk/", "trunk/"
+    there = {n.removeprefix(trained): tuple(e["shape"]) for n, e in table.items() if n.startswith(trained)}
+    reference = metadata.get("frozen", {}).get("trunk")
+    kept = store.frozen_leaves(reference) if reference else {}
+    shapes = there | {name.removeprefix(frozen): leaf.shape for name, leaf in kept.items()}
+    _check(folder, wanted, shapes)
+    asked = {f"trunk/{name}": leaf for name, leaf in wanted.items() if name in there}
+    found: Flat = store.restore_part({"params": asked})[0]["params"] if asked else {}
+    if reference and any(frozen + name in kept for name in wanted):
+        # Its hash is of the whole tree, so that is read: on every device what has no place here.
+        spread = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.replicated)
+        whole = {name: wanted.get(name.removeprefix(frozen), spread(leaf)) for name, leaf in kept.items()}
+        found = found | store.load_frozen(reference, whole)
+    found = {name.removeprefix("trunk/"): value for name, value in found.items()}
+    return {name: found[name] for name in wanted}, sorted(shapes.keys() - leaves.keys())
 
 
-def _from_hub(trees: Trees, tree: str, folder: str, by_layer: dict[str, Any]) -> Flat:
-    trunk = nnx.merge(trees.graphs[tree], trees.abstract[tree])
-    shapes = {name.removeprefix(f"{tree}/"): leaf.shape for name, leaf in by_layer.items()}
-    found, _ = Folder.open(folder).load(trunk, shapes)
+def _check(folder: str, wanted: Flat, there: Mapping[str, Sequence[int]]) -> None:
+    """Refuses parameters that cannot come from where they should."""
+    lacking = [name for name, leaf in wanted.items() if there.get(name) != leaf.shape]
+    if lacking:
+        name = lacking[0]
+        what = f"{there[name]} there and {wanted[name].shape} here" if name in there else "not there"
+        raise UserError(
+            f"init_from: {folder} lacks {len(lacking)} of {len(wanted)} parameters, first {name!r} ({what}): what is to "
+            "begin anew is named by reinitialise"
+        )
+
+
+def _from_hub(trunk: Any, folder: str, leaves: Flat, wanted: Flat) -> tuple[Flat, list[str]]:
+    found, left = Folder.open(folder).load(trunk, {name: leaf.shape for name, leaf in leaves.items()}, wanted)
     # Every host reads the files; each device takes its part.
     place = lambda leaf, value: jax.make_array_from_callback(
         leaf.shape, leaf.sharding, lambda part: value[part].astype(leaf.dtype)
     )
-    return {name: place(leaf, found[name.removeprefix(f"{tree}/")]) for name, leaf in by_layer.items()}
+    return {name: place(leaf, found[name]) for name, leaf in wanted.items()}, left

@@ -17,12 +17,14 @@ from objectives.draws import draws
 from partitioning import UserError
 from training.control import ControlLog
 from training.flops import FlopCount, forward_flops, mfu, mfu_formula, peak_flops, training_flops
+from training.init_from import keep_report
 from training.judging import judged, lines, open_judges, values_of
 from training.metrics import MetricWriter
 from training.plan import Plan, PlannedStage
 from training.programs import keep_programs
 from training.progress import Progress
 from training.run import Run
+from training.screen import say
 from training.state import State
 from training.store import Store
 
@@ -55,7 +57,9 @@ def train(run: Run, out: Path, *, operative: str = "", debug: bool = False) -> d
         state, saved = store.restore()
         log = ControlLog.restored(tuple(run.controllers), saved)
     else:
-        state = plan.init()
+        initial = plan.initial()
+        keep_report(out, initial, say)
+        state = plan.init(initial)
     start = int(state.step)
     _keep_config(out, operative)
 

@@ -51,6 +51,24 @@ def first_match(patterns: Sequence[str], names: Iterable[str], *, owner: str) ->
     return chosen
 
 
+def found_by(patterns: Sequence[str], names: Iterable[str], *, owner: str) -> set[str]:
+    """The names in which one of the patterns is found (`re.search`).
+
+    Raises:
+      UserError: a pattern is no regular expression, or is found in no name.
+    """
+    names, found = list(names), set()
+    for pattern in patterns:
+        try:
+            hits = {name for name in names if re.search(pattern, name)}
+        except re.error as error:
+            raise UserError(f"{owner}: {pattern!r} is not a regular expression: {error}") from None
+        if not hits:
+            raise UserError(f"{owner}: {pattern!r} matches no parameter; nearest: {nearest(pattern, names)}")
+        found |= hits
+    return found
+
+
 def multipliers(rules: Sequence[tuple[str, float]], names: Iterable[str], *, owner: str) -> dict[str, float]:
     """The factor that the first matching rule gives to each name; names without a rule are left out.
 

@@ -15,7 +15,7 @@ from models.variables import Flat, replace_values
 from models.vocabulary import Vocabulary
 from objectives.base import Companion
 from partitioning import Placement, UserError
-from training.init_from import initial_values
+from training.init_from import Initial, initial_values
 from training.run import Part, Run
 from training.state import State, abstract_state, state_shardings
 from training.step import Step
@@ -156,18 +156,33 @@ class Plan:
         place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         return jax.tree.map(place, self.state, self.shardings)
 
-    def init(self) -> State:
+    def initial(self) -> dict[str, Initial]:
+        """What the trees with `init_from` begin with.
+
+        Raises:
+          UserError: see `training.init_from.initial_values`.
+        """
+
+        def seeded() -> Flat:
+            with self.placement.scope():
+                places = {kind: getattr(self.shardings, kind) for kind in ("params", "frozen", "buffers")}
+                kinds = jax.jit(self.trees.init, out_shardings=places)(jax.random.key(self.run.seed))
+            return {name: leaf for flat in kinds.values() for name, leaf in flat.items()}
+
+        return {tree: initial_values(self.trees, self.placement, tree, seeded) for tree in self.trees.init_from}
+
+    def init(self, initial: Mapping[str, Initial] | None = None) -> State:
         """The initial state, made where it lives.
+
+        Args:
+          initial: from `initial`, which is called for None.
 
         Returns:
           Step 0 of the run: seeded values, with `init_from` trees overwritten by what they name.
         """
         tx = self.stages[0].step.tx
         run = self.run
-        given = {
-            tree: initial_values(self.trees, self.placement, tree, folder)
-            for tree, folder in self.trees.init_from.items()
-        }
+        given = {tree: found.values for tree, found in (self.initial() if initial is None else initial).items()}
 
         def make(given: dict[str, Flat]) -> State:
             values = self.trees.init(jax.random.key(run.seed), given)
@@ -227,7 +242,11 @@ def build(run: Run, vocabulary: Vocabulary, key: jax.Array, given: Mapping[str, 
     """
     trunk = run.model(vocabulary, rngs=nnx.Rngs(jax.random.fold_in(key, 0)))
     replace_values(trunk, given.get("trunk", {}))
-    found = {"trunk": Companion(trunk, freeze=tuple(run.freeze), init_from=run.init_from)}
+    found = {
+        "trunk": Companion(
+            trunk, freeze=tuple(run.freeze), init_from=run.init_from, reinitialise=tuple(run.reinitialise)
+        )
+    }
     objectives = []
     for part in run.parts():
         if part.objective not in objectives:

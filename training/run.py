@@ -96,8 +96,12 @@ class Run:
       clip: largest global norm of a gradient; None for no limit.
       guard: skips bad steps and ends a run of them; None trains on through NaN.
       average: exponential moving average of the parameters; None for none. Evaluation uses it where there is one.
-      init_from: a run's folder, whose newest trunk is the initial trunk, or a model's in the Hugging Face layout.
-      freeze: regular expressions over the trunk's parameter paths; those that match are not trained.
+      init_from: a run's folder, whose newest trunk is the initial trunk, or a model's in the Hugging Face layout. What
+        it gave, and what it had that the trunk has not, is printed and kept in `init_from.json`.
+      reinitialise: regular expressions over the trunk's parameter paths, layers by index (`stack/layers/3/`); those that
+        match begin as without `init_from`: a new head, a larger table. All others must be there, of the same shape.
+      freeze: regular expressions over the trunk's parameter paths; those that match are not trained. Layers that are
+        scanned have one path: `models.Trunk.scan = False` gives each its own.
       evaluators: called every `evaluate_every` steps and at the end.
       controllers: called every so many steps with reduced statistics.
       checkpoint_every, evaluate_every, log_every: in steps; a checkpoint is always written at the end.
@@ -122,6 +126,7 @@ class Run:
     guard: Guard | None = field(default_factory=Guard)
     average: Ema | None = None
     init_from: str | None = None
+    reinitialise: Sequence[str] = ()
     freeze: Sequence[str] = ()
     evaluators: Sequence[Evaluator] = ()
     controllers: Sequence[Controller] = ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,6 +13,7 @@ from flax import nnx
 from models.variables import Axes, Buffer, Flat, axes_of, flatten, rebuild
 from objectives.base import Companion, Models
 from partitioning import Placement, UserError
+from training.paths import found_by
 
 Build = Callable[[jax.Array, Mapping[str, Flat]], dict[str, Companion]]
 
@@ -30,6 +30,7 @@ class Trees:
       kinds: 'params', 'frozen' or 'buffers' by leaf name.
       axes: logical names by leaf name.
       shapes: abstract arrays by leaf name.
+      init_from: the folder with initial values and what is not taken from it, of the trees that have one.
     """
 
     build: Build
@@ -38,7 +39,7 @@ class Trees:
     kinds: Mapping[str, str]
     axes: Axes
     shapes: Mapping[str, jax.ShapeDtypeStruct]
-    init_from: Mapping[str, str]
+    init_from: Mapping[str, tuple[str, tuple[str, ...]]]
 
     @classmethod
     def plan(cls, build: Build) -> Trees:
@@ -59,7 +60,9 @@ class Trees:
         for tree, module in modules.items():
             companion = companions[tree]
             if companion.init_from:
-                sources[tree] = companion.init_from
+                sources[tree] = companion.init_from, companion.reinitialise
+            elif companion.reinitialise:
+                raise UserError(f"tree {tree!r} has reinitialise and no init_from: all of it is initialised anyway")
             graphs[tree], states[tree] = nnx.split(module)
             for kind in (nnx.Param, Buffer):
                 leaves = flatten(module, kind)
@@ -109,12 +112,4 @@ class Trees:
 def _frozen(tree: str, leaves: Flat, companion: Companion) -> set[str]:
     if not companion.train:
         return set(leaves)
-    found: set[str] = set()
-    for pattern in companion.freeze:
-        hits = {path for path in leaves if re.search(pattern, path)}
-        if not hits:
-            raise UserError(
-                f"freeze rule {pattern!r} matches no parameter of tree {tree!r}, such as {next(iter(leaves))}"
-            )
-        found |= hits
-    return found
+    return found_by(companion.freeze, leaves, owner=f"freeze of tree {tree!r}")

@@ -35,6 +35,7 @@ class Bert(Layout):
     """See `Layout`."""
 
     models = ("bert", "roberta", "xlm-roberta", "camembert")
+    shown = ("layers", "hidden", "longest", "types")
 
     def sizes(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Sizes by name; RoBERTa's positions begin at the padding token's row + 1."""

@@ -24,6 +24,7 @@ class Deberta(Layout):
     """See `Layout`."""
 
     models = ("deberta-v2",)
+    shown = ("layers", "hidden", "types")
 
     def sizes(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Sizes by name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,12 +79,15 @@ class Folder:
         """A trunk of these sizes, with weights of its own."""
         return FAMILIES[self.family][0](vocabulary, **self.sizes, **options)
 
-    def load(self, trunk: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, np.ndarray], list[str]]:
+    def load(
+        self, trunk: Any, shapes: Mapping[str, tuple[int, ...]], asked: Collection[str] | None = None
+    ) -> tuple[dict[str, np.ndarray], list[str]]:
         """The weights under our names.
 
         Args:
           trunk: of the same family and sizes.
           shapes: of the trunk's parameters, layers by index.
+          asked: the parameters that are wanted; None for all. What the others need not be there, or of their shape.
 
         Returns:
           The arrays by name, and the tensors that the trunk has no place for.
@@ -99,28 +102,31 @@ class Folder:
                 f"{self.path} holds a {self.family}, the trunk is {'of no family' if mine is None else 'a ' + mine.name}: "
                 f"expected training.Run.model = @models.{self.family}"
             )
+        part = asked is not None and len(asked) < len(shapes)
+        layout = FAMILIES[self.family][1]
         for size, value in self.sizes.items():
-            if mine[size] != value:
+            if mine[size] != value and not (part and size in layout.shown):
                 raise UserError(f"{self.path}: {size} is {value!r} there and {mine[size]!r} here")
-        if mine["vocabulary"] > self.config["vocab_size"]:
+        if mine["vocabulary"] > self.config["vocab_size"] and (asked is None or layout.table in asked):
             raise UserError(
                 f"{self.path} has {self.config['vocab_size']} tokens, the data's tokenizer {mine['vocabulary']}: expected "
                 "the tokenizer that the model was trained with"
             )
-        layout = FAMILIES[self.family][1]
-        wanted = {tensor.name: tensor for tensor in layout.tensors(mine, shapes[layout.table][0])}
+        tensors = {tensor.name: tensor for tensor in layout.tensors(mine, shapes[layout.table][0])}
+        asked = shapes if asked is None else asked
+        wanted = {name: tensor for name, tensor in tensors.items() if any(leaf in asked for leaf in tensor.leaves)}
         found: dict[str, np.ndarray] = {}
         left = []
         for name, array in self._arrays():
             tensor = wanted.pop(name, None)
             if tensor is None:
-                if not layout.spare(name):
+                if name not in tensors and not layout.spare(name):
                     left.append(name)
                 continue
             found |= _ours(tensor, array, shapes, f"{self.path}: tensor {name}")
         if wanted:
             raise UserError(f"{self.path}: {len(wanted)} tensors are missing, first {next(iter(wanted))!r}")
-        return found, left
+        return {name: array for name, array in found.items() if name in asked}, left
 
     def _arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor, one in memory at a time."""

@@ -37,10 +37,12 @@ class Layout(ABC):
     Attributes:
       models: their `model_type`s that this layout reads.
       table: our name of the token embeddings.
+      shown: sizes that the shapes and names of tensors show; all others are only in the config.
     """
 
     models: tuple[str, ...] = ()
     table = "table"
+    shown: tuple[str, ...] = ("layers", "hidden")
 
     @abstractmethod
     def sizes(self, config: Mapping[str, Any]) -> dict[str, Any]:

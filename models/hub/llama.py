@@ -51,6 +51,7 @@ class Llama(Layout):
     """See `Layout`."""
 
     models = ("llama", "mistral", "qwen3")
+    shown = ("layers", "hidden", "tied")
 
     def sizes(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Sizes by name."""

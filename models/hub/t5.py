@@ -26,6 +26,7 @@ class T5(Layout):
 
     models = ("t5", "mt5")
     table = "encoder/table"
+    shown = ("layers", "decoder_layers", "hidden", "tied")
 
     def sizes(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Sizes by name."""

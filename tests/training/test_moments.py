@@ -7,7 +7,7 @@ import pytest
 from running import assert_same_end, devices, killed_after, record, tiny
 
 from partitioning import UserError
-from training import Adafactor, AdamW, Groups, Lamb, Lion, Muon, Sgd, Stage
+from training import Adafactor, AdamW, Conda, Fira, GaLore, Groups, Lamb, Lion, Muon, Sgd, Stage
 from training.moments import rounded
 
 PARAMS = {"a/kernel": jnp.ones((2, 8, 12)), "norm/scale": jnp.ones((12,))}
@@ -18,13 +18,16 @@ KINDS = {
     "Sgd": (Sgd, {"momentum": 0.9}, 1, 1),
     "Lion": (Lion, {}, 1, 1),
     "Muon": (Muon, {}, 1, 2),
+    "Conda": (Conda, {}, 2, 2),
+    "GaLore": (GaLore, {"rank": 3}, 2, 2),
+    "Fira": (Fira, {"rank": 3}, 2, 2),
     "Adafactor": (Adafactor, {"smallest": 2, "momentum": 0.9}, 4, 4),
 }
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_moments_are_kept_short_and_nothing_else_is(name):
-    """So many running means of a matrix, and of a vector, in bfloat16; coefficients and parameters stay."""
+    """So many running means of a matrix, and of a vector, in bfloat16; bases, coefficients and parameters stay."""
     kind, options, matrix, vector = KINDS[name]
     tx = kind(learning_rate=0.1, moments="bfloat16", **options)(AXES)
     plain = kind(learning_rate=0.1, **options)(AXES)
@@ -87,11 +90,11 @@ def test_a_stack_is_rounded_as_its_layers():
 
 
 def test_resumed_is_never_stopped(tmp_path):
-    """Factors and moments in bfloat16, of a scanned model with experts on two devices."""
+    """Bases, norms, factors and moments in bfloat16, of a scanned model with experts on two devices."""
     same = {"learning_rate": 0.01, "moments": "bfloat16"}
     groups = {
-        ".*mixer.*": Muon(**same),
-        ".*(inner|outer|gate).*": Lamb(**same),
+        ".*mixer.*": Conda(every=3, **same),
+        ".*(inner|outer|gate).*": Fira(rank=4, every=3, **same),
         ".*": Adafactor(smallest=4, momentum=0.9, **same),
     }
     run = tiny("experts", optimizer=Groups(groups=groups))
@@ -103,6 +106,7 @@ def test_resumed_is_never_stopped(tmp_path):
     leaves = record(tmp_path / "whole", 4)["leaves"]
     kept = {field for name, leaf in leaves.items() for field in name.split("/") if leaf["dtype"] == "bfloat16"}
     assert {"mu", "nu", "v_row", "ema"} <= kept
+    assert "basis" not in kept
 
 
 def test_stages_of_other_precision_are_refused():

@@ -49,6 +49,9 @@ def concrete(root: type) -> list[type]:
 # What makes a class do on leaves this small what it does on large ones.
 SMALL: dict[str, dict] = {
     "Adafactor": {"smallest": 2, "momentum": 0.5},
+    "Conda": {"every": 2},
+    "GaLore": {"rank": 2, "every": 2},
+    "Fira": {"rank": 2, "every": 2},
 }
 
 
@@ -322,7 +325,7 @@ def test_moments_take_the_axes_of_their_parameter():
             if isinstance(path[-1], jax.tree_util.DictKey)
         }
         # Without momentum there is none; factored and projected moments have other shapes.
-        if kind.__name__ not in ("Sgd", "Adafactor"):
+        if kind.__name__ not in ("Sgd", "Adafactor", "GaLore", "Fira"):
             assert set(axes.items()) <= followed
 
 

@@ -19,6 +19,9 @@ from models.stack import layer_names
 from objectives import CausalLM, InfoNCE
 from partitioning import UserError, data
 from training.adafactor import Adafactor
+from training.conda import Conda
+from training.fira import Fira
+from training.galore import GaLore
 from training.guard import Guard
 from training.lion import Lion
 from training.muon import Muon
@@ -33,6 +36,9 @@ RULES = {
     "Muon": Muon(learning_rate=0.02),
     "Adafactor": Adafactor(learning_rate=0.02, smallest=4),
     "Lion": Lion(learning_rate=0.005),
+    "Conda": Conda(learning_rate=0.02, every=2),
+    "GaLore": GaLore(learning_rate=0.02, rank=2, every=2),
+    "Fira": Fira(learning_rate=0.02, rank=2, every=2),
     "Groups": Groups(
         groups={
             ".*mixer.*": Muon(learning_rate=0.02),
@@ -206,7 +212,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_compiled():
     refused("batch_size = 8 does not divide into accumulate = 3", accumulate=3)
     refused("InfoNCE compares the rows of a batch", "info_nce", accumulate=2, batch_size=16)
     refused("every tree is frozen", freeze=[".*"])
-    refused("freeze rule 'nothing' matches no parameter of tree 'trunk'", freeze=["nothing"])
+    refused("freeze of tree 'trunk': 'nothing' matches no parameter; nearest: ", freeze=["nothing"])
     stages = [Stage(steps=1), Stage(steps=1, optimizer=Sgd(learning_rate=0.1))]
     refused("states of different structure", steps=None, stages=stages)
     refused("either steps or stages, and has neither", steps=None)

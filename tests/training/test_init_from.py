@@ -1,0 +1,172 @@
+"""Initial values from another run or folder, whole and in part: to the bit, reported, and refused in one line."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from awkward import CASES
+from running import Toy, assert_same_end, devices, killed_after, tiny
+
+from launch.exchange import exported
+from models import bert, llama
+from models.stack import layer_names
+from objectives.base import Companion
+from partitioning import UserError, data, fsdp_tensor
+from training.init_from import REPORT
+from training.state import by_index
+
+SIZES = {"width": 16, "layers": 3, "heads": 2, "hidden": 16, "longest": 16}
+BERT = partial(bert, **SIZES)
+LLAMA = partial(llama, width=16, layers=1, heads=2, kv_heads=2, hidden=16)
+
+
+def leaves(plan, state):
+    """The trunk's parameters, frozen ones too, layers by index."""
+    flat = {n: x for n, x in {**state.params, **state.frozen}.items() if n.startswith("trunk/")}
+    names = layer_names(plan.trees.shapes)
+    return {n.removeprefix("trunk/"): np.asarray(x) for n, x in by_index(flat, names).items()}
+
+
+def begun(**changes):
+    """The plan of a run and its first values."""
+    plan = tiny(**({"model": BERT, "rules": data()} | changes)).plan([jax.devices()[0]])
+    initial = plan.initial()
+    return initial.get("trunk"), leaves(plan, plan.init(initial))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A trained run with a frozen part, what it ended with, and the same as a folder of the other layout."""
+    out = tmp_path_factory.mktemp("source")
+    run = tiny(model=BERT, steps=2, freeze=["positions", "mixer_norm", "^table"], average=None)
+    with devices(1):
+        run.train(out / "run")
+        exported(run, out / "run", out / "hf")
+        plan = run.plan()
+        _, values = run_values(plan, out / "run")
+    return out, values
+
+
+def run_values(plan, folder):
+    from training.store import Store
+
+    state, _ = Store(plan, str(folder / "checkpoints")).restore()
+    return state, leaves(plan, state)
+
+
+def same(ours, theirs, names=None):
+    for name in theirs if names is None else names:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_a_run_begins_with_all_of_another(source):
+    """Frozen parts too, which lie elsewhere; on another mesh."""
+    out, values = source
+    plan = tiny(model=BERT, init_from=str(out / "run"), rules=fsdp_tensor(2)).plan()
+    initial = plan.initial()
+    assert initial["trunk"].used == sorted(values)
+    assert not initial["trunk"].reinitialised
+    assert not initial["trunk"].left
+    got = leaves(plan, plan.init(initial))
+    assert got.keys() == values.keys()
+    same(got, values)
+
+
+@pytest.mark.parametrize("kind", ["run", "hf"])
+def test_what_is_named_begins_anew(source, kind):
+    """A new head and one layer of a scanned stack: as in a run of this seed without `init_from`, to the bit."""
+    out, values = source
+    fresh = begun(seed=5)[1]
+    found, got = begun(seed=5, init_from=str(out / kind), reinitialise=["^head/", "layers/1/"])
+    anew = {name for name in values if name.startswith("head/") or "/layers/1/" in name}
+    assert set(found.reinitialised) == anew
+    assert set(found.used) == values.keys() - anew
+    same(got, fresh, anew)
+    cut = lambda name, x: x[:37] if name == "table" else x
+    for name in found.used:
+        np.testing.assert_array_equal(cut(name, got[name]), cut(name, values[name]), err_msg=name)
+    assert any((got[name] != values[name]).any() for name in anew)
+
+
+@pytest.mark.parametrize("kind", ["run", "hf"])
+def test_sizes_may_differ_where_nothing_is_shared(source, kind):
+    """More layers, a longer table of positions: theirs where ours are alike; fewer layers: theirs are left."""
+    out, values = source
+    larger = partial(bert, **(SIZES | {"layers": 4, "longest": 20}))
+    found, got = begun(init_from=str(out / kind), reinitialise=["layers/3/", "positions"], model=larger)
+    assert not found.left
+    same(got, values, [name for name in values if name not in ("table", "positions/table")])
+    assert got["positions/table"].shape[0] == 20
+    smaller = partial(bert, **(SIZES | {"layers": 2}))
+    found, got = begun(init_from=str(out / kind), reinitialise=["^head/bias"], model=smaller)
+    assert found.left
+    assert all("layers/2/" in name or "layer.2." in name for name in found.left)
+    same(got, values, [name for name in got if name not in ("table", "head/bias")])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": partial(bert, **(SIZES | {"layers": 5}))}, r"lacks \d\d of \d\d parameters, first 'stack/layers/3/.*not there"),
+        ({"model": partial(bert, **(SIZES | {"longest": 9}))}, r"lacks 1 of .*\(16, 16\) there and \(9, 16\) here\)"),
+        ({"reinitialise": ["haed"]}, "reinitialise of tree 'trunk': 'haed' matches no parameter; nearest: 'head/"),
+        ({"reinitialise": ["("]}, "is not a regular expression"),
+        ({"reinitialise": ["head"], "init_from": None}, "has reinitialise and no init_from"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_one_line(source, changes, says):
+    with pytest.raises(UserError, match=says) as raised:
+        begun(**({"init_from": str(source[0] / "run"), "model": BERT} | changes))
+    assert "\n" not in str(raised.value)
+
+
+def test_another_layout_is_not_read_halfway(source):
+    """What shapes do not show is never taken for alike."""
+    with pytest.raises(UserError, match="eps is 1e-12 there and 1e-06 here"):
+        begun(init_from=str(source[0] / "hf"), reinitialise=["head"], model=partial(BERT, eps=1e-6))
+    with pytest.raises(UserError, match="holds a bert, the trunk is a llama"):
+        begun(init_from=str(source[0] / "hf"), model=LLAMA)
+
+
+def test_it_is_told_and_kept_and_a_resume_is_exact(source, tmp_path, capsys):
+    """The folder is not needed again: the second start reads its own checkpoint."""
+    run = tiny(
+        model=BERT, rules=data(), init_from=str(source[0] / "run"), reinitialise=["^head/"], freeze=["mixer_norm"]
+    )
+    with devices(1):
+        run.train(tmp_path / "whole")
+        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trunk from")]
+        killed_after(2, tmp_path / "whole", tmp_path / "killed")
+        run.train(tmp_path / "killed")
+    assert len(said) == 1
+    assert "re-initialised: head/bias, head/dense, " in said[0]
+    assert not any(line.startswith("trunk from") for line in capsys.readouterr().out.splitlines())
+    assert_same_end(tmp_path / "whole", tmp_path / "killed", 4)
+    record = json.loads((tmp_path / "whole" / REPORT).read_text())["trunk"]
+    assert record["source"] == str(source[0] / "run")
+    assert {"head/bias", "head/dense"} <= set(record["reinitialised"])
+    assert "table" in record["used"]
+    assert record["left"] == []
+
+
+def test_a_companion_takes_its_own_part(source):
+    """From the same folder, with what it names."""
+    out, values = source
+
+    class Beside(type(CASES["mlm"].objective)):
+        def companions(self, trunk, rngs):
+            module = BERT(trunk.vocabulary, rngs=rngs)
+            return {"beside": Companion(module, train=False, init_from=str(out / "run"), reinitialise=("^head/",))}
+
+    objective = Beside(**vars(CASES["mlm"].objective))
+    plan = tiny(model=BERT, objective=objective, data=Toy(CASES["mlm"].batch)).plan()
+    initial = plan.initial()
+    assert initial.keys() == {"beside"}
+    state = plan.init(initial)
+    got = by_index(state.frozen, layer_names(plan.trees.shapes))
+    for name in initial["beside"].used:
+        np.testing.assert_array_equal(got[f"beside/{name}"], values[name])
