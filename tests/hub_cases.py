@@ -30,7 +30,7 @@ WHERE = {"segments": HERE.astype(np.int32), "positions": np.where(HERE, np.arang
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor that its name and shape decide, large enough to matter; scales of norms are about 1."""
     draw = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
-    scale = len(shape) == 1 and "norm" in name.lower() and name.endswith("weight")
+    scale = len(shape) == 1 and "norm" in name.lower() and name.endswith(("weight", "scale"))
     return draw * np.float32(0.3 if len(shape) > 1 else 0.1) + np.float32(scale)
 
 

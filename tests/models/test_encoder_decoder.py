@@ -198,7 +198,7 @@ def test_writing_over_a_cache_is_full_passes():
     segments = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 2, 2, 0, 0]])
     steps = 5
     with jax.enable_x64(True):
-        model = made(tied=False, size=4.0, vocab_multiple=8)
+        model = made(tied=False, vocab_multiple=8)
         given = Prompts(jnp.asarray(prompts), jnp.asarray(segments))
         stop, keys = Stop(length=steps, pad=0), jax.random.split(jax.random.key(0), 3)
         strategies = [Greedy(), Beam(beams=1, penalty=0.0), Contrastive(alpha=0.0, candidates=3)]
