@@ -6,7 +6,17 @@ import sys
 
 from benchmarks.harness import ENVIRONMENT
 
-NAMES = ("bert_step", "host_overhead", "compile_time", "cross_entropy", "optimizers", "prepare", "reader", "decode")
+NAMES = (
+    "bert_step",
+    "families",
+    "host_overhead",
+    "compile_time",
+    "cross_entropy",
+    "optimizers",
+    "prepare",
+    "reader",
+    "decode",
+)
 
 
 def main() -> None:

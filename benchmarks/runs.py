@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -60,6 +61,30 @@ class RandomText:
             "positions": np.ascontiguousarray(np.broadcast_to(np.arange(length, dtype=np.int32), shape)),
             "row": np.arange(batch_size, dtype=np.int32) + step * batch_size,
         }
+
+
+@dataclass(frozen=True)
+class RandomPairs(RandomText):
+    """A reader of uniformly random full pairs, `query` of the stage's length and `positive` of another.
+
+    Args:
+      target: the length of `positive`.
+    """
+
+    target: int = 64
+
+    def spec(self, *, batch_size: int, length: int) -> dict[str, Any]:
+        """See `data.reader.Reader`."""
+        return self._nested(lambda n: super(RandomPairs, self).spec(batch_size=batch_size, length=n), length)
+
+    def batch(self, step: int, *, batch_size: int, length: int, **_: Any) -> dict[str, np.ndarray]:
+        """See `data.reader.Reader`."""
+        return self._nested(lambda n: super(RandomPairs, self).batch(step, batch_size=batch_size, length=n), length)
+
+    def _nested(self, text: Callable[[int], dict[str, Any]], length: int) -> dict[str, Any]:
+        sides = {"query": text(length), "positive": text(self.target)}
+        row = {"row": sides["query"]["row"]}
+        return row | {f"{side}/{k}": v for side, fields in sides.items() for k, v in fields.items() if k != "row"}
 
 
 def bert(
