@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import jax.numpy as jnp
 
 from objectives.base import Loss
+from objectives.denoise import Side
 from objectives.fragment import Fragment
 from objectives.masked_lm import Masking
 from objectives.select import Select
-from objectives.two_sided import needs_both, pushed
+from objectives.two_sided import needs_both, taught
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +45,9 @@ class MASS(Masking):
         trunk = models.trunk
         hidden, seen = self.hide(batch, trunk, step=step, key=key)
         there = hidden.weight > 0
-        tokens, segments, positions = (hidden.gather(batch[name]) for name in ("tokens", "segments", "positions"))
-        segments = jnp.where(there, segments, 0)
-        out = trunk(
-            seen,
-            segments=batch["segments"],
-            positions=batch["positions"],
-            targets=pushed(tokens, segments, positions, trunk.vocabulary.mask),
-            target_segments=segments,
-            target_positions=jnp.where(there, positions, 0),
-            keys=key("dropout"),
-        )
-        loss, accuracy = self.penalty(trunk.scores(out.hidden), tokens, hidden.weight)
+        tokens, segments, positions = (hidden.gather(batch[name]) for name in Side._fields)
+        written = Side(tokens, jnp.where(there, segments, 0), jnp.where(there, positions, 0))
+        read = Side(seen, batch["segments"], batch["positions"])
+        states = taught(trunk, read, written, first=trunk.vocabulary.mask, keys=key("dropout"))
+        loss, accuracy = self.penalty(trunk.scores(states), tokens, hidden.weight)
         return Loss({"mass": loss, "accuracy": accuracy})

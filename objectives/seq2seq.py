@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from objectives.base import Loss, Objective
 from objectives.denoise import Side
 from objectives.token_loss import TokenLoss
-from objectives.two_sided import needs_both, pushed
+from objectives.two_sided import needs_both, taught
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +50,7 @@ class Seq2Seq(Objective):
         trunk = models.trunk
         sides = (self.inputs, self.targets)
         read, written = (Side(*(batch[f"{side}/{name}"] for name in Side._fields)) for side in sides)
-        out = trunk(
-            read.tokens,
-            segments=read.segments,
-            positions=read.positions,
-            targets=pushed(*written, trunk.start),
-            target_segments=written.segments,
-            target_positions=written.positions,
-            keys=key("dropout"),
-        )
-        loss, accuracy = self.penalty(
-            trunk.scores(out.hidden), written.tokens, (written.segments > 0).astype(jnp.float32)
-        )
+        hidden = taught(trunk, read, written, first=trunk.start, keys=key("dropout"))
+        weight = (written.segments > 0).astype(jnp.float32)
+        loss, accuracy = self.penalty(trunk.scores(hidden), written.tokens, weight)
         return Loss({"seq2seq": loss, "accuracy": accuracy})

@@ -17,7 +17,7 @@ from objectives.denoise import Noise, apart, behind, extra, longer, most, whole_
 from objectives.documents import bodies, documents, ranks
 from objectives.draws import Draws
 from objectives.token_loss import TokenLoss
-from objectives.two_sided import pushed
+from objectives.two_sided import taught
 from partitioning.ranges import Range, check_fields
 
 
@@ -171,16 +171,8 @@ class Denoising(Objective):
             batch, noise, first_sentinel=first_sentinel, end=vocabulary.eos, pad=vocabulary.pad, inputs=inputs,
             targets=max(targets, 8),
         )  # fmt: skip
-        out = trunk(
-            read.tokens,
-            segments=read.segments,
-            positions=read.positions,
-            targets=pushed(*written, trunk.start),
-            target_segments=written.segments,
-            target_positions=written.positions,
-            keys=key("dropout"),
-        )
-        return out.hidden, written.tokens, (written.segments > 0).astype(jnp.float32)
+        hidden = taught(trunk, read, written, first=trunk.start, keys=key("dropout"))
+        return hidden, written.tokens, (written.segments > 0).astype(jnp.float32)
 
     def _behind(self, trunk, batch, noise, *, first_sentinel, key):
         """The same of a trunk that reads inputs and targets as one text."""

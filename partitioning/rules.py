@@ -167,36 +167,18 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(placement.mesh, spec))
 
 
-def apart(function: Callable[[jax.Array], Any], x: jax.Array, *names: str | None) -> Any:
-    """`function(x)`, each device alone with its part of `x`, so that the compiler cuts nothing inside it.
-
-    Args:
-      function: of an array, to arrays whose first dimensions are those that are cut; it takes each part by itself.
-      x: the array.
-      names: the logical names of its dimensions, as `constrain` takes them; those without are whole on every device.
-
-    Raises:
-      UserError: as `constrain`.
-    """
-    x = constrain(x, *names)
-    placement = _SCOPE.get()
-    if placement is None:
-        return function(x)
-    spec = placement.spec(names, x.shape, table="activations", what=f"array {names}")
-    return jax.shard_map(function, mesh=placement.mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
-
-
 def is_cut(name: str) -> bool:
     """Whether the rules in scope cut activations along a logical axis over several devices."""
     placement = _SCOPE.get()
     return placement is not None and any(placement.mesh.shape[p] > 1 for p in placement.rules.activations.get(name, ()))
 
 
-def on_each_device(function: Callable[..., jax.Array], arrays: Sequence[tuple[jax.Array, Names]]) -> jax.Array:
-    """Calls a kernel with each device's part of the arrays; the compiler cannot cut a kernel itself.
+def on_each_device(function: Callable[..., Any], arrays: Sequence[tuple[jax.Array, Names]]) -> Any:
+    """Calls a function with each device's part of the arrays, so that the compiler cuts nothing inside it: it cannot cut a
+    kernel, and would cut a search into rounds that all send rows about.
 
     Args:
-      function: of the arrays' parts; its result has the first one's shape.
+      function: of the arrays' parts; its results are cut as the first array is.
       arrays: with the logical names of their dimensions.
 
     Raises:
@@ -206,7 +188,7 @@ def on_each_device(function: Callable[..., jax.Array], arrays: Sequence[tuple[ja
     placement = _SCOPE.get()
     if placement is None:
         return function(*(x for x, _ in arrays))
-    specs = [placement.spec(n, x.shape, table="activations", what=f"a kernel's {n}") for x, n in arrays]
+    specs = [placement.spec(n, x.shape, table="activations", what=f"array {n}") for x, n in arrays]
     # What a kernel's result varies over is not known to the check.
     run = jax.shard_map(function, mesh=placement.mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
     return run(*(x for x, _ in arrays))

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from optax import contrib
 
-from partitioning.rules import apart
+from partitioning import on_each_device
 from training.per_layer import Axes, stack_positions
 from training.singular import singular
 
@@ -92,7 +92,7 @@ def renewed(
         matrices = wide[name].matrices(tree[name])
         names = (*wide[name].stacks, *(None,) * (matrices.ndim - len(wide[name].stacks)))
         # Left to the compiler, the search itself would be cut, and each of its thousand rounds send rows about.
-        vectors = apart(lambda own: find(own)[..., : basis.shape[-1]], matrices, *names)
+        vectors = on_each_device(lambda own: find(own)[..., : basis.shape[-1]], [(matrices, names)])
         return jnp.where((matrices != 0).any((-2, -1), keepdims=True), vectors, basis)
 
     # One condition for all leaves and layers: inside a map over layers it would become a choice between two results
