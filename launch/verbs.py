@@ -170,7 +170,8 @@ def generate(
         trunk, tokenizer, ids, options=options, tokens=tokens, ends=ends, stops=stop or (), prefix=prefix
     )
     for prompt, text in zip(wanted, done.texts, strict=True):
-        typer.echo(f"{prompt}{text}")
+        # An encoder-decoder answers, it does not go on.
+        typer.echo(text if trunk.two_sided else f"{prompt}{text}")
     typer.echo(done.speed())
 
 

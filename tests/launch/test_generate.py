@@ -2,18 +2,34 @@
 
 import dataclasses
 import types
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from hub_cases import weight
 from writing import VOCABULARY, writer
 
 from launch import cli, verbs
 from launch.generate import Options, check_room, cut, encoded, generate, reads
-from models import LearnedPositions
-from models.decoding import Beam, Contrastive, Greedy, MinP, Prompts, Sampler, Stop, TopK, TopP, TrunkDecoder
+from models import LearnedPositions, Trunk, t5
+from models.decoding import (
+    Beam,
+    Contrastive,
+    Greedy,
+    MinP,
+    Prompts,
+    Sampler,
+    Stop,
+    TopK,
+    TopP,
+    TrunkDecoder,
+    decoder_of,
+)
 from models.decoding import generate as generated
+from models.variables import flatten, replace_values
 from partitioning.errors import UserError
 
 
@@ -74,6 +90,32 @@ def test_what_is_printed(monkeypatch, capsys, tmp_path):
     assert f"wrote {wrote} at " in printed[2]
     assert palmette(monkeypatch, "--prompts", str(tmp_path / "prompts"), "--tokens", "6") == 0
     assert capsys.readouterr().out.splitlines()[:2] == printed[:2]
+
+
+def test_an_encoder_decoder_answers(monkeypatch, capsys):
+    """Its text alone is printed, as the loop gives it; the prompt may fill the capacity that the text has for itself."""
+    model = two_sided()
+    value = run()
+    value.restore = lambda folder: (model, Letters())
+    assert palmette(monkeypatch, "abcdef", "f", "--tokens", "5", "--capacity", "7", value=value) == 0
+    printed = capsys.readouterr().out.splitlines()
+    rows = [[1, 6, 7, 8, 9, 10, 11], [1, 11, 0, 0, 0, 0, 0]]
+    prompts = Prompts(jnp.asarray(rows), jnp.asarray(np.array(rows) > 0, jnp.int32))
+    keys = jax.random.split(jax.random.key(0), 2)
+    found = generated(decoder_of(model), prompts, Greedy(), Stop(length=5, ends=(2, 5)), keys)
+    assert printed[:2] == [Letters().decode(row) for row in np.where(found.drawn, found.tokens, 0)]
+    assert any(printed[:2])
+    assert palmette(monkeypatch, "abcdefg", "--tokens", "5", "--capacity", "7", value=value) == 2
+    assert "prompt 1 has 8 tokens" in capsys.readouterr().err
+
+
+def two_sided():
+    """A small T5 whose weights matter."""
+    sizes = {"width": 8, "layers": 2, "heads": 2, "head_width": 4, "hidden": 12, "buckets": 8, "longest": 8}
+    made = t5(VOCABULARY, **sizes, tied=False, trunk=partial(Trunk, vocab_multiple=8), rngs=nnx.Rngs(0))
+    values = {name: jnp.asarray(weight("d" + name, leaf.shape)) for name, leaf in flatten(made, nnx.Param).items()}
+    replace_values(made, values)
+    return made
 
 
 def test_a_seed_and_a_stop_string():
