@@ -116,7 +116,16 @@ def torch_model(family: str) -> Any:
             t.LlamaConfig(**SIZES, intermediate_size=704, num_key_value_heads=2, max_position_embeddings=512)
         ),
         "T5": lambda: t.T5ForConditionalGeneration(
-            t.T5Config(vocab_size=V, d_model=256, d_kv=64, d_ff=1024, num_layers=4, num_heads=4, dropout_rate=0.0)
+            t.T5Config(
+                vocab_size=V,
+                d_model=256,
+                d_kv=64,
+                d_ff=1024,
+                num_layers=4,
+                num_heads=4,
+                dropout_rate=0.0,
+                decoder_start_token_id=0,
+            )
         ),
     }
     return makes[family]().float().train()
@@ -124,7 +133,7 @@ def torch_model(family: str) -> Any:
 
 def main() -> None:
     """Measures and writes the section."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for family in SHAPES:
         mine, other = (Contestant(f"{side} {family}", __name__, side, family=family) for side in ("ours", "theirs"))
         found = alternate([mine, other])
@@ -141,6 +150,7 @@ def main() -> None:
                 found.note(),
             )
         )
+        print(*rows[-1], sep=" | ", flush=True)
     head = ("family", "M parameters, ours / theirs", "ours, ms", "theirs, ms", "ratio", "GFLOP/s, ours", "rounds")
     body = "\n".join(
         [
