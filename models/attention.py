@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -42,6 +41,21 @@ def _named(name: str) -> Callable[..., Float[Array, "B Q H K"]]:
 
 
 attention_causal, attention_full = _named("attention_causal"), _named("attention_full")
+
+
+# How a cache has the axes of [B, S, H, K]: by heads, and each as its product reads it. Turned over in every step they would
+# be copied in every step.
+KEPT = {"key": (0, 2, 3, 1), "value": (0, 2, 1, 3)}
+
+
+def kept(x: Float[Array, "B S H K"], name: str) -> Array:
+    """Keys or values as a cache has them."""
+    return x.transpose(KEPT[name])
+
+
+def taken(x: Array, name: str) -> Float[Array, "B S H K"]:
+    """The inverse of `kept`."""
+    return x.transpose([KEPT[name].index(axis) for axis in range(4)])
 
 
 class Attention(nnx.Module):
@@ -129,14 +143,14 @@ class Attention(nnx.Module):
             k = rotate(k, context.positions, self.theta, self.scaling)
         cache = None
         if context.cache is not None:
-            # Kept by heads, as the product reads them: turned over in each step they would be copied in each.
-            turn = lambda x: x.swapaxes(1, 2)
-            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=context.cache_length, axis=2)
             cache = {
-                name: write(context.cache[name], turn(new).astype(context.cache[name].dtype))
+                name: jax.lax.dynamic_update_slice_in_dim(
+                    context.cache[name], kept(new, name).astype(context.cache[name].dtype), context.cache_length,
+                    axis=KEPT[name].index(1),
+                )
                 for name, new in (("key", k), ("value", v))
-            }
-            k, v = turn(cache["key"]), turn(cache["value"])
+            }  # fmt: skip
+            k, v = (taken(cache[name], name) for name in ("key", "value"))
         bias = self._bias(q, k, bias, context)
         keys: Keys = "cache" if cache is not None else "row" if context.source is None else "memory"
         view = View(visible, context.mask, context.segments, context.positions, at, keys)
@@ -190,8 +204,8 @@ class Attention(nnx.Module):
 
     def empty_cache(self, rows: int, capacity: int, dtype: Any) -> dict[str, Array]:
         """Room for the keys and values of `capacity` tokens."""
-        shape = (rows, self.kv_heads, capacity, self.head_width)
-        return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+        shape = (rows, capacity, self.kv_heads, self.head_width)
+        return {name: kept(jnp.zeros(shape, dtype), name) for name in ("key", "value")}
 
 
 def _cut(x: Float[Array, "B S H K"]) -> Float[Array, "B S H K"]:

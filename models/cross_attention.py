@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from models.attention import Attention
+from models.attention import Attention, kept, taken
 from models.backends.view import View
 from models.masks import Bidirectional
 
@@ -23,24 +23,23 @@ class CrossAttention(Attention):
     def __init__(self, width: int, **options: Any):
         super().__init__(width, theta=None, **options)
 
-    def remember(self, memory: Float[Array, "B M D"]) -> dict[str, Float[Array, "B H M K"]]:
-        """The keys and values of a memory, which decoding computes once."""
+    def remember(self, memory: Float[Array, "B M D"]) -> dict[str, Array]:
+        """The keys and values of a memory as a cache has them, which decoding computes once."""
         key, value = self._part(memory, "key"), self._part(memory, "value")
         key = key if self.key_norm is None else self.key_norm(key)
-        # By heads, as a cache keeps them.
-        return {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}
+        return {"key": kept(key, "key"), "value": kept(value, "value")}
 
     def read(
         self,
         hidden: Float[Array, "B Q D"],
-        remembered: dict[str, Float[Array, "B H M K"]],
+        remembered: dict[str, Array],
         visible: Bool[Array, "B Q M"],
         taps: Sequence[str] = (),
     ) -> tuple[Float[Array, "B Q D"], dict[str, Array]]:
         """What the queries find, and the weights, if asked for."""
         query = self._part(hidden, "query")
         query = query if self.query_norm is None else self.query_norm(query)
-        key, value = (remembered[name].swapaxes(1, 2) for name in ("key", "value"))
+        key, value = (taken(remembered[name], name) for name in ("key", "value"))
         here = jnp.zeros(hidden.shape[:2], jnp.int32)
         view = View(visible, Bidirectional(), here, here, keys="memory")
         return self._mixed(hidden, query, key, value, view, None, causal=False, taps=taps)
