@@ -15,8 +15,10 @@ from probing import Heard, key_of, put
 
 from models import Causal
 from objectives import MASS, UL2, Fragment, Replace, Seq2Seq, SpanCorruption
+from objectives.denoise import Side
 from objectives.draws import draws
 from objectives.span_corruption import Denoising
+from objectives.two_sided import pushed
 from partitioning import UserError
 
 OBJECTIVES = {
@@ -111,6 +113,12 @@ def test_a_fragment_of_one_is_masked_language_modelling_and_of_all_a_causal_one(
         np.testing.assert_array_equal(text[places], inside)
         np.testing.assert_array_equal(np.isin(np.arange(len(text)), places), read[key][0] == VOCABULARY.mask)
     assert written.keys() == {key for key, (tokens, _) in whole.items() if len(body(tokens))}
+
+
+def test_a_decoder_reads_the_neighbour_of_what_it_writes_and_no_other_token():
+    """Where the token before is of another document or place, something else stands."""
+    side = Side(jnp.asarray([[7, 8, 9, 10]]), jnp.asarray([[1, 1, 1, 2]]), jnp.asarray([[1, 2, 5, 6]]))
+    np.testing.assert_array_equal(pushed(side, 3), [[3, 7, 3, 3]])
 
 
 def test_a_pair_is_read_and_written_whole():
