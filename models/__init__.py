@@ -37,6 +37,7 @@ from models.norms import LayerNorm as LayerNorm
 from models.norms import NoNorm as NoNorm
 from models.norms import RMSNorm as RMSNorm
 from models.positions import LearnedPositions as LearnedPositions
+from models.power_norm import PowerNorm as PowerNorm
 from models.relative import RelativeBias as RelativeBias
 from models.relative import RelativePlaces as RelativePlaces
 from models.rope_scaling import LinearScaling as LinearScaling

@@ -72,7 +72,8 @@ class Block(nnx.Module):
 
     Args:
       width: D.
-      mixer, feed_forward, norm: classes, or functions, called with the width (and `rngs`, for the first two).
+      mixer, feed_forward, norm: classes, or functions, called with the width (and `rngs`, for the first two). A norm is
+        called with the states and which tokens are no padding.
       mixer_norm: another norm for the mixer, where it differs from `norm`.
       mixer_out_norm: a norm of the mixer's result, where the placement has none or another.
       cross: class of the attention to a memory, called as the mixer is; None for none.
@@ -127,23 +128,24 @@ class Block(nnx.Module):
         fold = lambda n: None if context.keys is None else jax.vmap(lambda k: jax.random.fold_in(k, n))(context.keys)
         scale = jax.lax.rsqrt(context.layer + 1.0).astype(x.dtype) if self.placement == "scaled" else 1
 
-        def add(skip, branch, norm, out_norm, n):
+        def add(skip, branch, norm, out_norm, n, seen):
             """A branch gives its result first, then what else there is to hand on."""
-            out, *rest = branch(x if self.placement == "post" else scale * norm(x))
-            out = dropout(out if out_norm is None else out_norm(out), self.dropout, fold(n))
+            out, *rest = branch(x if self.placement == "post" else scale * norm(x, seen))
+            out = dropout(out if out_norm is None else out_norm(out, present), self.dropout, fold(n))
             y = skip(x) + out
-            y = norm(y) if self.placement == "post" else y
+            y = norm(y, present) if self.placement == "post" else y
             return constrain(y, "batch", "length" if context.at is None else None, "embed"), *rest
 
-        x, cache, taps = add(here, partial(self.mixer, context=context), self.mixer_norm, self.mixer_out_norm, 0)
+        mix = partial(self.mixer, context=context)
+        x, cache, taps = add(here, mix, self.mixer_norm, self.mixer_out_norm, 0, context.segments > 0)
         same = lambda x: x
         if self.cross is not None:
             assert context.memory_visible is not None
             read = partial(self._read, context=context, visible=here(context.memory_visible))
-            x, found = add(same, read, self.cross_norm, self.cross_out_norm, 2)
+            x, found = add(same, read, self.cross_norm, self.cross_out_norm, 2, present)
             taps = taps | found
         forward = partial(self.feed_forward, present=present)
-        x, sides = add(same, forward, self.feed_forward_norm, self.feed_forward_out_norm, 1)
+        x, sides = add(same, forward, self.feed_forward_norm, self.feed_forward_out_norm, 1, present)
         return x, sides, cache, taps | ({"layers": x} if "layers" in context.taps else {})
 
     def _read(self, x: Float[Array, "B Q D"], context: Context, visible: Bool[Array, "B Q M"]) -> Any:

@@ -99,7 +99,9 @@ class EncoderDecoder(nnx.Module):
         fold = lambda n: None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, n))(keys)
         read = self.encoder(tokens, segments=segments, positions=positions, mask=mask, keys=fold(0))
         out = self.decoder(
-            embeddings=self.decoder.embed(targets, target_positions, table=self.table.get_value()),
+            embeddings=self.decoder.embed(
+                targets, target_positions, segments=target_segments, table=self.table.get_value()
+            ),
             segments=target_segments,
             positions=target_positions,
             mask=Causal() if target_mask is None else target_mask,

@@ -1,6 +1,7 @@
-"""Normalisations over the features of a token."""
+"""Normalisations over the features of a token. A norm is told which tokens are no padding; these have no use for it."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,7 @@ class LayerNorm(nnx.Module):
         self.scale = param(jnp.ones((width,)), (axis,)) if scale else None
         self.bias = param(jnp.zeros((width,)), (axis,)) if bias else None
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    def __call__(self, x: Float[Array, "*B D"], present: Any = None) -> Float[Array, "*B D"]:
         """Normalises the last dimension."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         scaled = standardised(wide, self.eps)
@@ -93,7 +94,7 @@ class RMSNorm(nnx.Module):
         self.scale = param(jnp.ones((width,)), (axis,))
         self.bias = param(jnp.zeros((width,)), (axis,)) if bias else None
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    def __call__(self, x: Float[Array, "*B D"], present: Any = None) -> Float[Array, "*B D"]:
         """Normalises the last dimension."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         scaled = unit_mean_square(wide, self.eps) * self.scale.get_value()
@@ -110,6 +111,6 @@ class NoNorm(nnx.Module):
     def __init__(self, width: int):
         del width
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    def __call__(self, x: Float[Array, "*B D"], present: Any = None) -> Float[Array, "*B D"]:
         """The same."""
         return x

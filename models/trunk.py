@@ -19,6 +19,7 @@ from models.heads import Scores, TiedHead
 from models.initializers import normal
 from models.masks import Bidirectional, Both, Mask, Tokens, lower
 from models.norms import RMSNorm
+from models.positions import gather
 from models.side import Sides
 from models.stack import Remat, Stack
 from models.variables import param
@@ -143,12 +144,14 @@ class Trunk(nnx.Module):
         positions: Int[Array, "B S"],
         types: Int[Array, "B S"] | None = None,
         *,
+        segments: Int[Array, "B S"] | None = None,
         table: Float[Array, "V D"] | None = None,
     ) -> Float[Array, "B S D"]:
         """Token vectors with scale, learned positions and types (0 by default) and norm, where the trunk has them.
 
         Args:
           tokens, positions, types: as in a call.
+          segments: as in a call; None where no token is padding.
           table: another trunk's token vectors, for a trunk that has none.
 
         Raises:
@@ -171,7 +174,8 @@ class Trunk(nnx.Module):
             x = x + jnp.take(
                 self.types.get_value().astype(x.dtype), jnp.zeros_like(tokens) if types is None else types, axis=0
             )
-        x = x if self.embedding_norm is None else self.embedding_norm(x)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x, None if segments is None else segments > 0)
         return constrain(x, "batch", "length", "embed")
 
     def __call__(
@@ -219,7 +223,7 @@ class Trunk(nnx.Module):
         if at is not None and taps:
             raise UserError("taps have the states of all slots: ask for them without `at`")
         if tokens is not None:
-            embeddings = self.embed(tokens, positions, types)
+            embeddings = self.embed(tokens, positions, types, segments=segments)
         assert embeddings is not None
         x = embeddings.astype(self.dtype)
         start = jnp.zeros((), jnp.int32) if cache is None else cache["length"]
@@ -253,7 +257,8 @@ class Trunk(nnx.Module):
             context = replace(context, memory_visible=same & (memory_segments[:, None, :] > 0))
         first = x
         x, sides, entries, by_layer = self.stack(x, context, visible, entries, remembered=remembered, at=at)
-        x = x if self.final_norm is None else self.final_norm(x)
+        if self.final_norm is not None:
+            x = self.final_norm(x, (segments if at is None else gather(segments, at)) > 0)
         new = None
         if entries is not None:
             new = {

@@ -14,7 +14,13 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 class Buffer(nnx.Variable):
-    """State that no optimizer moves: a queue, a teacher, running statistics. Changed in `after_step` only."""
+    """State that no optimizer moves: a queue, a teacher, running statistics. Changed after a step only."""
+
+
+class Statistic(Buffer):
+    """A buffer that moves with what a step saw. Its cotangent is no derivative but a sum over the step's tokens, whatever the
+    sharding and the accumulation; the module that holds it gets the sums after the step, by name, as `observe(sums)`.
+    """
 
 
 def param(value: Any, axes: tuple[str | None, ...]) -> nnx.Param:

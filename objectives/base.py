@@ -154,6 +154,11 @@ class Objective:
         """Whether `__call__` needs all rows of the batch at once."""
         return False
 
+    @property
+    def runs_twice(self) -> bool:
+        """Whether `prepare` runs a model that `__call__` runs again, and relies on their agreeing."""
+        return any(child.runs_twice for child in self.children())
+
     def fields(self) -> tuple[str, ...]:
         """Batch fields that the objective reads, checked before step 0."""
         return ("tokens", "segments", "positions")

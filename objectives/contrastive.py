@@ -55,6 +55,11 @@ class InfoNCE(Objective):
         """Only the form that embeds all rows at once does so in the call."""
         return self.chunked is None
 
+    @property
+    def runs_twice(self):
+        """The form in chunks takes its gradient at vectors that `prepare` has."""
+        return self.chunked is not None
+
     def fields(self):
         """Pairs of texts."""
         return text_fields("query", "positive")

@@ -90,7 +90,7 @@ class Electra(Masking):
         tokens, trunk = batch["tokens"], models.trunk
         place = {"segments": batch["segments"], "positions": batch["positions"]}
         hide, seen = self.hide(batch, trunk, step=step, key=key)
-        embedded = trunk.embed(seen, batch["positions"])
+        embedded = trunk.embed(seen, batch["positions"], segments=batch["segments"])
         guess = models.generator(embedded, keys=key("generator/dropout"), at=hide.positions, **place)
         scores = models.generator.scores(guess.hidden, trunk.table.get_value())
         mlm, accuracy = self.penalty(scores, hide.gather(tokens), hide.weight)

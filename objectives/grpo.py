@@ -39,6 +39,8 @@ class GRPO(Objective):
     """
 
     continues = "causal"
+    # The samples' old probabilities are those of the model that drew them.
+    runs_twice = True
 
     reward: Reward
     samples: Annotated[int, Range(2, 1 << 20)] = 4

@@ -82,7 +82,8 @@ class MomentumQueue(Objective):
 
     def after_step(self, models, rows, stats, *, step):
         """The teacher moves and the keys enter the queue."""
-        trunk = dict(nnx.to_flat_state(nnx.state(models.module("trunk"), nnx.Param)))
+        # Running statistics too: the teacher sees no batch to take its own from.
+        trunk = dict(nnx.to_flat_state(nnx.state(models.module("trunk"), nnx.Any(nnx.Param, Buffer))))
         for path, old in nnx.to_flat_state(nnx.state(models.module("teacher"), Buffer)):
             if path in trunk:
                 new = self.momentum * old.get_value() + (1 - self.momentum) * trunk[path].get_value()

@@ -86,7 +86,7 @@ class RetroMAE(Masking):
         visible = ((draw >= self.unseen) & ~jnp.eye(length, dtype=bool)) | (positions == 0)[:, None, :]
         rebuilt = models.decoder(
             state,
-            trunk.embed(tokens, positions),
+            trunk.embed(tokens, positions, segments=segments),
             positions,
             segments=segments,
             mask=Matrix(visible),

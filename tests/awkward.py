@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from models import Attention, Block, Experts, FeedForward, RMSNorm, Trunk, Vocabulary, t5
+from models import Attention, Block, Experts, FeedForward, PowerNorm, RMSNorm, Trunk, Vocabulary, t5
 from objectives import (
     CM3,
     DPO,
@@ -199,6 +199,9 @@ CASES: dict[str, Case] = {
     "dpo": Case(DPO(beta=2.0), preference_batch),
     "experts": Case(CausalLM(), model=EXPERTS),
     "emo": Case(EMO()),
+    "power_norm": Case(
+        MaskedLM(), model=partial(TRUNK, norm=partial(PowerNorm, warm_up=0), placement="post", embedding_norm=True)
+    ),
     "grpo": Case(GRPO(reward=even_tokens, samples=2, length=5), prompt_batch),
     "weighted": Case(Weighted(parts={"clm": CausalLM(), "mlm": MaskedLM()}, weights={"mlm": lambda step: 0.5 + step})),
     "phases": Case(

@@ -93,7 +93,7 @@ class Plan:
         axes = {name: trees.axes[name] for name in trees.of_kind("params")}
         first, rows, stages, states = 0, 0, [], []
         for part, reader in zip(parts, readers, strict=True):
-            _check(part, reader, placement, first + part.steps)
+            _check(part, reader, placement, first + part.steps, trees.coupled)
             tx = part.optimizer(axes)
             step = Step(
                 trees=trees,
@@ -260,7 +260,7 @@ def build(run: Run, vocabulary: Vocabulary, key: jax.Array, given: Mapping[str, 
     return found
 
 
-def _check(part: Part, reader: Any, placement: Placement, last: int) -> None:
+def _check(part: Part, reader: Any, placement: Placement, last: int, coupled: Sequence[str]) -> None:
     spec = reader.spec(batch_size=part.batch_size, length=part.length)
     # An objective's schedules count the run's steps, not the stage's.
     part.objective.check(steps=last, batch=spec)
@@ -269,6 +269,12 @@ def _check(part: Part, reader: Any, placement: Placement, last: int) -> None:
         raise UserError(
             f"{type(part.objective).__name__} compares the rows of a batch with each other and cannot be accumulated over "
             f"{k} micro-batches: set accumulate = 1, or the objective's chunked form where it has one"
+        )
+    if coupled and (k > 1 or part.objective.runs_twice):
+        what = f"accumulate = {k}" if k > 1 else f"{type(part.objective).__name__}, which runs it twice a step,"
+        raise UserError(
+            f"the model takes statistics of all rows that it is called with, and {what} would give it others: set "
+            f"{' and '.join(coupled)}{', or accumulate = 1' if k > 1 else ''}"
         )
     if part.batch_size % k:
         raise UserError(f"batch_size = {part.batch_size} does not divide into accumulate = {k} micro-batches")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -61,7 +62,7 @@ class Step:
         models = self.trees.models(state.params, state.frozen, state.buffers)
         batch = jax.lax.stop_gradient(self.objective.prepare(models, batch, step=state.step, key=key))
 
-        gradients, stats, rows = self.gradients(state, batch)
+        gradients, observed, stats, rows = self.gradients(state, batch)
         norm = optax.tree.norm(gradients)
         if self.clip is not None:
             shrink = jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-30))
@@ -70,6 +71,7 @@ class Step:
         params = optax.apply_updates(state.params, updates)
 
         models = self.trees.models(params, state.frozen, state.buffers)
+        self.trees.observe(models, observed)
         self.objective.after_step(models, rows, stats, step=state.step)
         average = state.average
         if self.average is not None and average is not None:
@@ -94,34 +96,39 @@ class Step:
         metrics |= self.optimizer.rates(state.step)
         return replace(new, step=state.step + 1, frozen=state.frozen, guard=guard), {"metrics": metrics, "sums": stats}
 
-    def gradients(self, state: State, batch: Batch) -> tuple[dict[str, Array], Stats, dict[str, Array]]:
-        """Gradients of the loss, the sums of its terms, and what the calls returned by row.
+    def gradients(
+        self, state: State, batch: Batch
+    ) -> tuple[dict[str, Array], dict[str, Array], Stats, dict[str, Array]]:
+        """Gradients of the loss, sums for the modules' statistics, the sums of its terms, and what the calls returned by row.
 
         With several micro-batches a first scan sums the terms' weights, which do not depend on parameters, so that the
         compiler drops the model from it; a second accumulates one gradient. Both sums of a ratio are then over the
         whole batch, and the result is the big batch's.
         """
 
-        def call(params: Any, part: Batch) -> tuple[Loss, Models]:
-            models = self.trees.models(params, state.frozen, state.buffers)
+        statistics = {name: value for name, value in state.buffers.items() if name in self.trees.statistics}
+
+        def call(params: Any, statistics: Any, part: Batch) -> tuple[Loss, Models]:
+            models = self.trees.models(params, state.frozen, state.buffers | statistics, training=True)
             key = draws(jax.random.key(self.seed), state.step, part["row"], self.batch_size)
             return self.objective(models, part, step=state.step, key=key), models
 
         def weights(part: Batch) -> Stats:
-            loss, models = call(state.params, part)
+            loss, models = call(state.params, statistics, part)
             return divisors(loss, models)
 
-        def value(params: Any, part: Batch, over: Stats | None) -> tuple[Float[Array, ""], Any]:
-            loss, models = call(params, part)
+        def value(params: Any, statistics: Any, part: Batch, over: Stats | None) -> tuple[Float[Array, ""], Any]:
+            loss, models = call(params, statistics, part)
             own = divisors(loss, models)
             total = weighed(loss, models, own if over is None else over)
             stats = {**sums(loss, models, part, self.sources), **own, "loss": total}
             return total, (jax.lax.stop_gradient(stats), jax.lax.stop_gradient(dict(loss.rows)))
 
-        grad = jax.grad(value, has_aux=True)
+        # A statistic's cotangent is what its module asked to be summed.
+        grad = partial(jax.grad(value, argnums=(0, 1), has_aux=True), state.params, statistics)
         if self.accumulate == 1:
-            gradients, (stats, rows) = grad(state.params, batch, None)
-            return gradients, stats, rows
+            (gradients, observed), (stats, rows) = grad(batch, None)
+            return gradients, observed, stats, rows
         shared = {k: v for k, v in batch.items() if k.startswith(SHARED)}
         parts = {k: self._parts(v) for k, v in batch.items() if k not in shared}
         add = lambda a, b: jax.tree.map(jnp.add, a, b)
@@ -131,13 +138,13 @@ class Step:
         over, _ = jax.lax.scan(lambda total, part: (add(total, weights(part | shared)), None), start, parts)
 
         def accumulate(carry: Any, part: Batch) -> tuple[Any, Any]:
-            gradients, (stats, rows) = grad(state.params, part | shared, over)
+            gradients, (stats, rows) = grad(part | shared, over)
             return add(carry, (gradients, stats)), rows
 
-        shapes = jax.eval_shape(lambda part: grad(state.params, part, over), first | shared)
+        shapes = jax.eval_shape(lambda part: grad(part, over), first | shared)
         start = zeros((shapes[0], shapes[1][0]))
-        (gradients, stats), rows = jax.lax.scan(accumulate, start, parts)
-        return gradients, stats, {name: self._whole(x) for name, x in rows.items()}
+        ((gradients, observed), stats), rows = jax.lax.scan(accumulate, start, parts)
+        return gradients, observed, stats, {name: self._whole(x) for name, x in rows.items()}
 
     def _parts(self, x: Array) -> Array:
         """[B, ...] -> [k, B/k, ...], each micro-batch every k-th row: a blocked split would move rows between devices."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 import jax
 from flax import nnx
 
-from models.variables import Axes, Buffer, Flat, axes_of, flatten, rebuild
+from models.variables import Axes, Buffer, Flat, Statistic, axes_of, flatten, rebuild
 from objectives.base import Companion, Models
 from partitioning import Placement, UserError
 from training.paths import found_by
@@ -87,14 +88,51 @@ class Trees:
                     out[self.kinds[f"{tree}/{path}"]][f"{tree}/{path}"] = value
         return out
 
-    def models(self, params: Flat, frozen: Flat, buffers: Flat) -> Models:
-        """The modules around the given arrays; cheap, and done at tracing only."""
+    def models(self, params: Flat, frozen: Flat, buffers: Flat, *, training: bool = False) -> Models:
+        """The modules around the given arrays; cheap, and done at tracing only.
+
+        Args:
+          params, frozen, buffers: by leaf name.
+          training: whether the trees that have parameters among `params` see a batch to learn from it.
+        """
         everything = params | frozen | buffers
         modules = {}
         for tree, graph in self.graphs.items():
             values = {name[len(tree) + 1 :]: v for name, v in everything.items() if name.startswith(f"{tree}/")}
             modules[tree] = rebuild(graph, self.abstract[tree], values)
+            if training and tree in self.trained:
+                modules[tree].train()
         return Models(modules)
+
+    def observe(self, models: Models, sums: Flat) -> None:
+        """Hands a step's sums, by leaf name, to the modules that keep statistics."""
+        for tree in self.trained:
+            for path, node in nnx.iter_graph(models.module(tree)):
+                prefix = "/".join((tree, *map(str, path)))
+                own = {name[len(prefix) + 1 :]: v for name, v in sums.items() if name.rpartition("/")[0] == prefix}
+                if own:
+                    node.observe(own)
+
+    @cached_property
+    def trained(self) -> tuple[str, ...]:
+        """The trees that have parameters to train."""
+        return tuple(
+            tree for tree in self.graphs if any(name.startswith(f"{tree}/") for name in self.of_kind("params"))
+        )
+
+    @cached_property
+    def statistics(self) -> frozenset[str]:
+        """The buffers of trained trees that move with what a step saw, by leaf name."""
+        return frozenset(f"{tree}/{path}" for tree in self.trained for path in flatten(self._abstract(tree), Statistic))
+
+    @cached_property
+    def coupled(self) -> tuple[str, ...]:
+        """How to make rows independent, for every module of a trained tree where they are not."""
+        nodes = (node for tree in self.trained for _, node in nnx.iter_graph(self._abstract(tree)))
+        return tuple(sorted({how for node in nodes if (how := getattr(node, "couples_rows", ""))}))
+
+    def _abstract(self, tree: str) -> nnx.Module:
+        return nnx.merge(self.graphs[tree], self.abstract[tree])
 
     def buffers(self, models: Models) -> Flat:
         """The buffers that the modules hold now."""

@@ -51,8 +51,9 @@ def gradients(name: str, rules, devices: int, accumulate: int = 1):
             key = draws(jax.random.key(3), state.step, batch["row"], ROWS)
             models = trees.models(values["params"], values["frozen"], values["buffers"])
             prepared = jax.lax.stop_gradient(objective.prepare(models, batch, step=state.step, key=key))
-            grads, stats, rows = step.gradients(state, prepared)
+            grads, observed, stats, rows = step.gradients(state, prepared)
             models = trees.models(values["params"], values["frozen"], values["buffers"])
+            trees.observe(models, observed)
             objective.after_step(models, rows, stats, step=state.step)
             return grads, stats, trees.buffers(models)
 
@@ -65,7 +66,7 @@ def initial(trees):
     values: dict = {"params": {}, "frozen": {}, "buffers": {}}
     for name, leaf in trees.shapes.items():
         if np.issubdtype(leaf.dtype, np.floating):
-            drawn = 0.1 * draw.standard_normal(leaf.shape) + name.endswith("scale")
+            drawn = 0.1 * draw.standard_normal(leaf.shape) + name.endswith(("scale", "mean_square"))
         else:
             drawn = np.zeros(leaf.shape, leaf.dtype)
         values[trees.kinds[name]][name] = drawn
