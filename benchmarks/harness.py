@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 # Set for every contestant. XLA allocates large temporaries afresh in each call: without a fixed allocator the same
@@ -74,17 +75,28 @@ class Contestant:
       name: in the table.
       module, function: called in the process with `arguments`; returns (turn, facts): `turn()` runs once and waits for
         the result, or returns the seconds to count; `facts` is JSON that goes back to the one who measures.
+      environment: what differs from `ENVIRONMENT`.
       arguments: JSON.
 
     Raises:
       RuntimeError: the process ended; it has said why on standard error.
     """
 
-    def __init__(self, name: str, module: str, function: str, **arguments: Any):
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        function: str,
+        *,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        **arguments: Any,
+    ):
         self.name = name
         command = [sys.executable, "-m", "benchmarks.turns", module, function, json.dumps(arguments)]
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | ENVIRONMENT)
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, env=os.environ | ENVIRONMENT | dict(environment)
+        )
         self.pid = self._process.pid
         self.facts: dict[str, Any] = self._answer()
 
