@@ -99,6 +99,7 @@ class Loop:
 
     def __post_init__(self):
         self.judges = open_judges(self.plan)
+        self.share, self.shares = self.plan.placement.share
         self.devices, self.peak = self.plan.placement.mesh.size, peak_flops(self.plan.placement.mesh.devices.flat[0])
 
     def stage(self, stage: PlannedStage, program: Any, state: State) -> State:
@@ -145,8 +146,8 @@ class Loop:
             length=stage.stage.length,
             seed=self.plan.run.seed,
             start=stage.rows,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
+            host=self.share,
+            hosts=self.shares,
             control=(*stage.control, *self.log.entries),
         )
 
@@ -171,7 +172,7 @@ class Loop:
             )
             self.figures["loss"] = metrics["loss"]
             self.writer.write(done, metrics)
-        self.progress.update(done, loss=self.figures["loss"], tokens=tokens * jax.process_count())
+        self.progress.update(done, loss=self.figures["loss"], tokens=tokens * self.shares)
 
     def evaluate(self, done: int, state: State) -> None:
         """Runs the evaluators, and puts their figures on file and on screen."""

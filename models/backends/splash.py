@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from models.backends.view import View, refuse
 from models.masks import Bidirectional, Both, Causal, Either, Mask, Window
 from models.positions import gather
-from partitioning import on_each_device, platform
+from partitioning import is_cut, on_each_device, platform
 
 # Lanes of a TPU's vector unit: rows are padded to a multiple, and blocks of queries and keys are of one.
 LANES, BLOCK = 128, 512
@@ -30,11 +30,13 @@ def splash(
     piece; a row that is not comes out as NaN.
 
     Raises:
-      UserError: another platform; a bias, a cache, other keys than the row's own; a mask that is not made of
-        `Bidirectional`, `Causal` and `Window`.
+      UserError: another platform; rows cut along their length; a bias, a cache, other keys than the row's own; a mask that
+        is not made of `Bidirectional`, `Causal` and `Window`.
     """
     if platform() != "tpu":
         refuse("splash", f"on the platform '{platform()}', it needs a TPU")
+    if is_cut("length"):
+        refuse("splash", "rows that are cut along their length")
     return product(q, k, v, view, bias)
 
 
