@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.tpu_vm.verbs import pods
 from partitioning.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ AllowImport = Annotated[
 ]
 reading = typer.Typer(help="Look at what a run reads.", no_args_is_help=True)
 app.add_typer(reading, name="data")
+app.add_typer(pods, name="pod")
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
 
