@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,11 @@ from programs import collectives, shapes
 from running import tiny
 
 from models import Attention, Block, Causal, FeedForward, LearnedPositions, RMSNorm, Trunk, Window
-from models.backends.cudnn import cudnn
-from models.backends.splash import splash
+from models.backends import cudnn, splash
+from models.backends.reference import reference
+from models.backends.view import View
 from models.disentangled import DisentangledAttention
-from models.masks import Chunk, Permutation, Prefix, Sentinel
+from models.masks import Bidirectional, Chunk, Permutation, Prefix, Sentinel, Tokens, lower
 from models.relative import RelativePlaces
 from partitioning import UserError, data, fsdp, fsdp_sequence
 
@@ -129,14 +129,43 @@ def test_only_sums_of_gradients_cross_slices(rules):
     assert "all-gather" in {c.kind for c in near}
 
 
-@pytest.mark.parametrize("backend", [splash, cudnn])
-def test_kernels_that_take_whole_rows_say_so(backend, monkeypatch):
+@pytest.mark.parametrize("mask", [Causal() & Window(60), Bidirectional()], ids=["causal window", "no border"])
+def test_a_kernel_computes_its_part_of_the_rows(mask):
+    """Splash attention's own code, interpreted: outputs and gradients of the formula, with packed documents."""
+    draw, rows, length = np.random.default_rng(0), 2, 256
+    q, k, v = (jnp.asarray(draw.standard_normal((rows, length, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+    segments = np.where(np.arange(length) < 150, 1, 2) * (np.arange(length) < 250)
+    positions = np.where(segments == 2, np.arange(length) - 150, np.arange(length))
+    segments, positions = (jnp.asarray(np.tile(x, (rows, 1)), jnp.int32) for x in (segments, positions))
+    tokens = Tokens(jnp.arange(length), segments, positions)
+    view = View(lower(mask, tokens, tokens), mask, segments, positions)
+
+    def value(product):
+        loss = lambda *qkv: (jnp.sin(product(*qkv, view, None)) * jnp.arange(8)).sum()
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
+
+    expected = value(reference)
+    with fsdp_sequence(2, tensor=2).place().scope():
+        found = value(partial(splash.product, interpret=True))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        assert np.abs(a - b).max() < 1e-5 * np.abs(a).max()
+
+
+@pytest.mark.parametrize(
+    ("backend", "says"),
+    [
+        (splash.splash, "rows of 12 tokens cut into 2 parts, a part is a multiple of 128"),
+        (cudnn.cudnn, "rows that are cut along their length"),
+    ],
+)
+def test_what_a_kernel_cannot_cut_it_refuses(backend, says, monkeypatch):
     """By name, and not by computing every row several times."""
     q = jnp.ones((8, LENGTH, 2, 8), jnp.bfloat16)
-    view = SimpleNamespace(keys="row")
-    hardware = {splash: "tpu", cudnn: "gpu"}[backend]
-    monkeypatch.setattr(f"models.backends.{backend.__name__}.platform", lambda: hardware)
-    says = f"Attention.backend = '{backend.__name__}' cannot compute rows that are cut along their length: use 'xla'"
+    here = jnp.ones((8, LENGTH), jnp.int32)
+    view = View(jnp.ones((8, LENGTH, LENGTH), bool), Causal(), here, here)
+    for module, hardware in ((splash, "tpu"), (cudnn, "gpu")):
+        monkeypatch.setattr(module, "platform", lambda h=hardware: h)
+    says = f"Attention.backend = '{backend.__name__}' cannot compute {says}: use 'xla'"
     with fsdp_sequence(2).place().scope(), pytest.raises(UserError, match=says):
         backend(q, q, q, view, None)
 
