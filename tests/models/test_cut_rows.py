@@ -95,7 +95,7 @@ def whole_rows(text):
     return {s for s in shapes(text) if states(s) or s.count(LENGTH) > 1}
 
 
-@pytest.mark.parametrize("name", ["clm", "mlm", "seq2seq"])
+@pytest.mark.parametrize("name", ["clm", pytest.param("mlm", marks=pytest.mark.long), "seq2seq"])
 def test_no_device_holds_whole_rows_but_keys_and_values(name):
     """Of its two rows a device has no state and no score of all twelve tokens, in forward and backward pass."""
     assert whole_rows(program(name, fsdp_sequence(2))) == set()
@@ -129,7 +129,9 @@ def test_only_sums_of_gradients_cross_slices(rules):
     assert "all-gather" in {c.kind for c in near}
 
 
-@pytest.mark.parametrize("mask", [Causal() & Window(60), Bidirectional()], ids=["causal window", "no border"])
+@pytest.mark.parametrize(
+    "mask", [Causal(), Causal() & Window(60), Bidirectional()], ids=["causal", "causal window", "no border"]
+)
 def test_a_kernel_computes_its_part_of_the_rows(mask):
     """Splash attention's own code, interpreted: outputs and gradients of the formula, with packed documents."""
     draw, rows, length = np.random.default_rng(0), 2, 256

@@ -120,9 +120,9 @@ EVERY_WAY = fsdp_sequence(2, tensor=2, slices=2)
 LONGER = [name for name in CASES if name != "grpo"]
 
 
-@pytest.mark.parametrize("name", ["mlm", "clm", "seq2seq"])
+@pytest.mark.parametrize("name", ["mlm", "clm"])
 def test_rows_cut_along_their_length_equal_one(name):
-    """An encoder, a decoder and an encoder-decoder; heads are cut, and there are two slices."""
+    """An encoder and a decoder; heads are cut, and there are two slices. An encoder-decoder: models/test_cut_rows.py."""
     assert_same(on_one(name), gradients(name, EVERY_WAY, 8))
 
 
