@@ -101,6 +101,7 @@ class Texts:
     def host_batches(self) -> Iterator[dict[str, np.ndarray]]:
         """This host's share of every batch; `row` numbers the rows of all readers, whatever the batch size."""
         before = 0
+        share, shares = self.placement.share
         for reader in self.readers:
             count = reader.rows(length=self.length)
             count = count if self.most_rows is None else min(count, self.most_rows)
@@ -110,8 +111,8 @@ class Texts:
                     batch_size=self.batch_size,
                     length=self.length,
                     seed=0,
-                    host=jax.process_index(),
-                    hosts=jax.process_count(),
+                    host=share,
+                    hosts=shares,
                 )
                 number = batch["row"] + step * self.batch_size
                 # What lies past `most_rows` in the last batch counts no more than padding does.
@@ -131,10 +132,9 @@ class Texts:
 
 def placed(value: np.ndarray, placement: Placement, name: str) -> jax.Array:
     """One host's share of an array of rows, on the mesh."""
-    hosts = jax.process_count()
-    shape = (value.shape[0] * hosts, *value.shape[1:])
+    shape = (value.shape[0] * placement.share[1], *value.shape[1:])
     sharding = placement.rows(shape, f"an evaluator's field {name!r}")
-    if hosts == 1:
+    if jax.process_count() == 1:
         return jax.device_put(value, sharding)
     return jax.make_array_from_process_local_data(sharding, value, shape)
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.tpu_vm.verbs import pods
 from partitioning.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ AllowImport = Annotated[
 ]
 reading = typer.Typer(help="Look at what a run reads.", no_args_is_help=True)
 app.add_typer(reading, name="data")
+app.add_typer(pods, name="pod")
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
 
@@ -83,16 +85,27 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/CONFIG")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve, check and count; train nothing.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Run unjitted and stop at the first NaN.")] = False,
+    profile: Annotated[
+        str | None, typer.Option(metavar="FIRST:LAST", help="Trace these steps for TensorBoard, into OUT/profile.")
+    ] = None,
+    dump: Annotated[
+        bool, typer.Option("--dump", help="Write the compiled step and its memory into OUT/programs.")
+    ] = False,
     allow_import: AllowImport = None,
 ) -> None:
     """Train what a configuration describes; run again, it resumes."""
     folder = out if out is not None else Path("runs") / Path(_split(arguments)[0][-1]).stem
     _check_folder(folder)
+    if dump and debug:
+        raise UserError("--dump writes a compiled step, and --debug compiles none: leave one out")
+    from training.watch import Watch
+
+    watch = Watch.of(profile, dump)
     resolved = _resolve(arguments, allow_import)
     if dry_run:
         resolved.value.describe()
         return
-    resolved.value.train(out=folder, operative=resolved.operative, debug=debug)
+    resolved.value.train(out=folder, operative=resolved.operative, debug=debug, watch=watch)
 
 
 @app.command()

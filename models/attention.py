@@ -16,7 +16,7 @@ from models.backends.view import Keys, View
 from models.backends.xla import xla
 from models.initializers import normal
 from models.linear import linear
-from models.positions import gather, rotate
+from models.positions import few, gather, rotate
 from models.rope_scaling import RopeScaling
 from models.variables import param
 from partitioning import UserError, constrain, is_cut
@@ -136,7 +136,7 @@ class Attention(nnx.Module):
         if at is not None:
             hidden, visible, places = gather(hidden, at), gather(visible, at), gather(places, at)
             bias = bias if bias is None else jnp.take_along_axis(bias, at[:, None, :, None], axis=2)
-        q, k, v = self._project(hidden, source)
+        q, k, v = self._project(hidden, source, at)
         q, k = (x if norm is None else norm(x) for x, norm in ((q, self.query_norm), (k, self.key_norm)))
         if self.theta is not None and context.source is None:
             q = rotate(q, places, self.theta, self.scaling)
@@ -154,7 +154,8 @@ class Attention(nnx.Module):
         bias = self._bias(q, k, bias, context)
         keys: Keys = "cache" if cache is not None else "row" if context.source is None else "memory"
         view = View(visible, context.mask, context.segments, context.positions, at, keys)
-        out, taps = self._mixed(hidden, q, k, v, view, bias, causal=context.causal, taps=context.taps)
+        with few(at):
+            out, taps = self._mixed(hidden, q, k, v, view, bias, causal=context.causal, taps=context.taps)
         return out, cache, taps
 
     def _bias(self, q, k, bias, context):
@@ -164,6 +165,8 @@ class Attention(nnx.Module):
 
     def _mixed(self, hidden, q, k, v, view, bias, *, causal, taps):
         """The product, gated and projected; and the weights, if asked for."""
+        # Where rows are cut along their length, queries stay where they are and see the keys of the whole row.
+        k, v = (constrain(x, "batch", None, "heads", "kv") for x in (k, v))
         q = q if self.query_scale is None else q * self.query_scale
         product = attention_causal if causal else attention_full
         mixed = product(q, k, v, view, bias, backend=self.backend)
@@ -177,12 +180,14 @@ class Attention(nnx.Module):
         out = linear(mixed.reshape(*mixed.shape[:2], -1), kernel.reshape(-1, kernel.shape[-1]))
         return (out if self.out_bias is None else out + self.out_bias.get_value().astype(hidden.dtype)), tapped
 
-    def _project(self, hidden, source):
+    def _project(self, hidden, source, at):
         """Queries, keys and values; one matrix product where all three have the same source."""
         names = ("query", "key", "value")
         if source is not hidden or is_cut("heads"):
             # Kernels cut by heads stay apart and in place.
-            return [self._part(x, name) for x, name in zip((hidden, source, source), names, strict=True)]
+            with few(at):
+                query = self._part(hidden, "query")
+            return [query, *(self._part(source, name) for name in names[1:])]
         kernels = [self._flat(name, hidden.dtype) for name in names]
         # A split, and not slices: its gradient is one concatenation.
         sizes = [kernel.shape[1] for kernel in kernels]

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from models.dropout import dropout
 from models.masks import Bidirectional, Mask
-from models.positions import gather
+from models.positions import few, gather
 from models.side import Sides
 from partitioning import UserError, constrain
 
@@ -134,7 +134,8 @@ class Block(nnx.Module):
             out = dropout(out if out_norm is None else out_norm(out, present), self.dropout, fold(n))
             y = skip(x) + out
             y = norm(y, present) if self.placement == "post" else y
-            return constrain(y, "batch", "length" if context.at is None else None, "embed"), *rest
+            with few(context.at):
+                return constrain(y, "batch", "length", "embed"), *rest
 
         mix = partial(self.mixer, context=context)
         x, cache, taps = add(here, mix, self.mixer_norm, self.mixer_out_norm, 0, context.segments > 0)
@@ -144,13 +145,15 @@ class Block(nnx.Module):
             read = partial(self._read, context=context, visible=here(context.memory_visible))
             x, found = add(same, read, self.cross_norm, self.cross_out_norm, 2, present)
             taps = taps | found
-        forward = partial(self.feed_forward, present=present)
-        x, sides = add(same, forward, self.feed_forward_norm, self.feed_forward_out_norm, 1, present)
+        with few(context.at):
+            forward = partial(self.feed_forward, present=present)
+            x, sides = add(same, forward, self.feed_forward_norm, self.feed_forward_out_norm, 1, present)
         return x, sides, cache, taps | ({"layers": x} if "layers" in context.taps else {})
 
     def _read(self, x: Float[Array, "B Q D"], context: Context, visible: Bool[Array, "B Q M"]) -> Any:
         """Attention to the memory, and its weights as `cross_attention`, if asked for."""
         remembered = self.cross.remember(context.memory) if context.remembered is None else context.remembered
         wanted = ("attention",) if "cross_attention" in context.taps else ()
-        out, taps = self.cross.read(x, remembered, visible, wanted)
+        with few(context.at):
+            out, taps = self.cross.read(x, remembered, visible, wanted)
         return out, {f"cross_{name}": weights for name, weights in taps.items()}

@@ -1,5 +1,7 @@
 """Positions: rotary and learned, and the states at some of them."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
@@ -7,6 +9,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from models.initializers import normal
 from models.rope_scaling import RopeScaling
 from models.variables import param
+from partitioning import whole
 
 
 def rotate(
@@ -31,6 +34,11 @@ def rotate(
 def gather(x: Shaped[Array, "B S *D"], at: Int[Array, "B K"]) -> Shaped[Array, "B K *D"]:
     """What stands at some slots of each row."""
     return jnp.take_along_axis(x, at.reshape(at.shape + (1,) * (x.ndim - 2)), axis=1)
+
+
+def few(at: Int[Array, "B K"] | None) -> AbstractContextManager[None]:
+    """Inside, states are those of some slots of a row, which no device shares; with None they are those of all."""
+    return nullcontext() if at is None else whole("length")
 
 
 class LearnedPositions(nnx.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from models.block import Context
 from models.initializers import normal
 from models.masks import Tokens
 from models.variables import param
-from partitioning import UserError
+from partitioning import UserError, constrain, ways
 
 
 def t5_buckets(buckets: int, longest: int, *, two_sided: bool) -> Int[np.ndarray, " 2L+1"]:
@@ -52,30 +53,37 @@ def _looked_up(table: np.ndarray, query: Tokens, key: Tokens) -> Int[Array, "B Q
     return jnp.asarray(table, jnp.int32)[jnp.clip(distance, -longest, longest) + longest]
 
 
-@jax.custom_vjp
 def spread(table: Float[Array, "N H"], index: Int[Array, "B Q K"]) -> Float[Array, "B H Q K"]:
-    """Each head's entries of a table.
+    """Each head's entries of a table, queries cut as the rows' length is.
 
     The gradient is a matrix product with the indices as ones and zeros: by the chain rule it would be one addition after
     another.
     """
+    index = constrain(index, "batch", "length", None)
+    return constrain(_spread(table, index, ways("length")), "batch", "heads", "length", None)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _spread(table, index, parts):
     return jax.vmap(lambda column: column[index], in_axes=1, out_axes=1)(table)
 
 
-def _spread_forward(table, index):
-    return spread(table, index), (index, table.shape[0])
+def _spread_forward(table, index, parts):
+    return _spread(table, index, parts), (index, table.shape[0])
 
 
-def _spread_backward(kept, pull):
+def _spread_backward(parts, kept, pull):
     index, size = kept
     one_hot = lambda index: (index[..., None] == jnp.arange(size)).astype(pull.dtype)
     # A row of queries after another: all at once the ones and zeros would be `size` times the indices.
-    body = lambda total, q: (total + jnp.einsum("bhk,bkn->nh", q[0], one_hot(q[1])), None)
+    # Of each part that lies on other devices one row, or the scan would gather them.
+    body = lambda total, q: (total + jnp.einsum("bhpk,bpkn->nh", q[0], one_hot(q[1])), None)
     start = jnp.zeros((size, pull.shape[1]), pull.dtype)
-    return jax.lax.scan(body, start, (jnp.moveaxis(pull, 2, 0), jnp.moveaxis(index, 1, 0)))[0], None
+    split = lambda x, axis: jnp.moveaxis(x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :]), axis + 1, 0)
+    return jax.lax.scan(body, start, (split(pull, 2), split(index, 1)))[0], None
 
 
-spread.defvjp(_spread_forward, _spread_backward)
+_spread.defvjp(_spread_forward, _spread_backward)
 
 
 class RelativeBias(nnx.Module):
@@ -165,4 +173,5 @@ class RelativePlaces(nnx.Module):
         """Puts the vectors, and each pair's row of them, into the context."""
         table = self.table.get_value()
         table = table if self.norm is None else self.norm(table)
-        return replace(context, relative=(table, _looked_up(np.asarray(self.buckets), query, key)))
+        index = constrain(_looked_up(np.asarray(self.buckets), query, key), "batch", "length", None)
+        return replace(context, relative=(table, index))

@@ -161,7 +161,9 @@ class Trunk(nnx.Module):
             if self.table is None:
                 raise UserError("this trunk has no token embeddings: call it with `embeddings`")
             table = self.table.get_value()
-        x = jnp.take(table.astype(self.dtype), tokens, axis=0)
+        # Gathered: looked up where its parts are, vectors of all rows would be sent about, from slice to slice too.
+        table = constrain(table.astype(self.dtype), "vocab", None)
+        x = jnp.take(table, constrain(tokens, "batch", "length"), axis=0)
         if self.embedding_scale:
             x = x * jnp.sqrt(jnp.asarray(self.width, x.dtype))
         if self.positions is not None:
@@ -240,8 +242,8 @@ class Trunk(nnx.Module):
         asked = Bidirectional() if mask is None else mask
 
         def visible(own: Mask | None) -> tuple[Any, Mask]:
-            whole = asked if own is None else Both(asked, own)
-            return lower(whole, query, key), whole
+            both = asked if own is None else Both(asked, own)
+            return constrain(lower(both, query, key), "batch", "length", None), both
 
         context = Context(
             visible=jnp.ones((1, 1, 1), bool), segments=segments, positions=positions, source=source, memory=memory,
@@ -254,7 +256,8 @@ class Trunk(nnx.Module):
         self._check_memory(remembered is not None or memory is not None, memory_segments is not None)
         if memory_segments is not None:
             same = segments[:, :, None] == memory_segments[:, None, :]
-            context = replace(context, memory_visible=same & (memory_segments[:, None, :] > 0))
+            same = constrain(same & (memory_segments[:, None, :] > 0), "batch", "length", None)
+            context = replace(context, memory_visible=same)
         first = x
         x, sides, entries, by_layer = self.stack(x, context, visible, entries, remembered=remembered, at=at)
         if self.final_norm is not None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from models.heads import Scores
+from partitioning import constrain, ways
 
 
 class TokenLosses(NamedTuple):
@@ -39,7 +40,8 @@ def cross_entropy(
     """sum_i w_i [ logsumexp(s_i) - (1 - a) s_i,t - a mean(s_i) + z logsumexp(s_i)^2 ], in chunks of targets.
 
     The gradient is computed in the forward pass, chunk by chunk: three matrix products instead of four, and never more
-    than one chunk's logits in memory. Chunks cut the second dimension, so that rows stay where they are sharded.
+    than one chunk's logits in memory. Chunks cut the second dimension, so that rows stay where they are sharded; where that is
+    cut over devices too, a chunk takes some targets of each part.
 
     Args:
       scores: hidden states `[B, K, D]`, table and bias.
@@ -50,17 +52,26 @@ def cross_entropy(
       tokens_per_chunk: about how many targets' logits are held at once.
     """
     rows, length = targets.shape
-    per_row = _per_row(rows, length, tokens_per_chunk)
+    cuts = _cuts(rows, length, tokens_per_chunk)
     total, each, hit = _chunked(
-        scores.hidden, scores.table, scores.bias, weight, targets, scores.size, float(smoothing), float(z), per_row
+        scores.hidden, scores.table, scores.bias, weight, targets, scores.size, float(smoothing), float(z), cuts
     )
     return TokenLosses(total, each, hit)
 
 
-def _per_row(rows: int, length: int, tokens: int) -> int:
-    """Targets of each row in a chunk: as few chunks as the limit allows, all of one size, with little padding."""
-    most = max(1, min(length, tokens // max(rows, 1)))
-    return -(-length // -(-length // most))
+class Cuts(NamedTuple):
+    """How targets are chunked: parts of a row that lie on different devices, and targets of each part in a chunk."""
+
+    parts: int
+    per_part: int
+
+
+def _cuts(rows: int, length: int, tokens: int) -> Cuts:
+    """As few chunks as the limit allows, all of one size, with little padding."""
+    parts = ways("length")
+    length = -(-length // parts)
+    most = max(1, min(length, tokens // max(rows * parts, 1)))
+    return Cuts(parts, -(-length // -(-length // most)))
 
 
 def _chunk_terms(hidden, table, bias, weight, targets, size, smoothing, z):
@@ -87,34 +98,43 @@ def _chunk_terms(hidden, table, bias, weight, targets, size, smoothing, z):
     return each, hit, (push - pull) * weight[:, None].astype(wide)
 
 
-def _split(x, per_row):
-    """[B, K, ...] -> [chunks, B per_row, ...], padded with zeros."""
-    pad = -x.shape[1] % per_row
-    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) if pad else x
-    chunks = jnp.moveaxis(x.reshape(x.shape[0], -1, per_row, *x.shape[2:]), 1, 0)
-    return chunks.reshape(chunks.shape[0], -1, *x.shape[2:])
+def _split(x, cuts):
+    """[B, K, ...] -> [chunks, parts B per_part, ...], padded with zeros; a part stays on its devices."""
+    x = constrain(_padded(x, 1, cuts.parts), "batch", "length", *(None,) * (x.ndim - 2))
+    x = _padded(x.reshape(x.shape[0], cuts.parts, -1, *x.shape[2:]), 2, cuts.per_part)
+    x = x.reshape(*x.shape[:2], -1, cuts.per_part, *x.shape[3:])
+    chunks = x.transpose(2, 1, 0, *range(3, x.ndim))
+    return chunks.reshape(chunks.shape[0], -1, *x.shape[4:])
 
 
-def _join(x, rows, length):
-    """The inverse of `_split`."""
-    x = jnp.moveaxis(x.reshape(x.shape[0], rows, -1, *x.shape[2:]), 0, 1)
+def _join(x, shape, cuts):
+    """The inverse of `_split`, for a shape [B, K]."""
+    rows, length = shape
+    x = x.reshape(x.shape[0], cuts.parts, rows, -1, *x.shape[2:])
+    x = x.transpose(2, 1, 0, *range(3, x.ndim))
+    x = x.reshape(rows, cuts.parts, -1, *x.shape[4:])[:, :, : -(-length // cuts.parts)]
     return x.reshape(rows, -1, *x.shape[3:])[:, :length]
 
 
+def _padded(x, axis, multiple):
+    pad = -x.shape[axis] % multiple
+    return jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)]) if pad else x
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def _chunked(hidden, table, bias, weight, targets, size, smoothing, z, per_row):
+def _chunked(hidden, table, bias, weight, targets, size, smoothing, z, cuts):
     def one(total, chunk):
         h, t, w = chunk
         each, hit, _ = _chunk_terms(h, table, bias, w, t, size, smoothing, z)
         return total + (each * w).sum(), (each, hit)
 
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    chunks = (_split(hidden, per_row), _split(targets, per_row), _split(weight.astype(wide), per_row))
+    chunks = (_split(hidden, cuts), _split(targets, cuts), _split(weight.astype(wide), cuts))
     total, (each, hit) = jax.lax.scan(one, jnp.zeros((), wide), chunks)
-    return total, _join(each, *targets.shape), _join(hit, *targets.shape)
+    return total, _join(each, targets.shape, cuts), _join(hit, targets.shape, cuts)
 
 
-def _forward(hidden, table, bias, weight, targets, size, smoothing, z, per_row):
+def _forward(hidden, table, bias, weight, targets, size, smoothing, z, cuts):
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
 
     def one(carry, chunk):
@@ -133,19 +153,19 @@ def _forward(hidden, table, bias, weight, targets, size, smoothing, z, per_row):
         jnp.zeros(table.shape[::-1], wide),
         None if bias is None else jnp.zeros(bias.shape, wide),
     )
-    chunks = (_split(hidden, per_row), _split(targets, per_row), _split(weight.astype(wide), per_row))
+    chunks = (_split(hidden, cuts), _split(targets, cuts), _split(weight.astype(wide), cuts))
     (total, d_table, d_bias), (each, hit, d_hidden) = jax.lax.scan(one, start, chunks)
     d_bias = None if bias is None or d_bias is None else d_bias.astype(bias.dtype)
     saved = (
-        _join(d_hidden, *targets.shape),
+        _join(d_hidden, targets.shape, cuts),
         d_table.T.astype(table.dtype),
         d_bias,
         jnp.zeros(weight.shape, weight.dtype),
     )
-    return (total, _join(each, *targets.shape), _join(hit, *targets.shape)), saved
+    return (total, _join(each, targets.shape, cuts), _join(hit, targets.shape, cuts)), saved
 
 
-def _backward(size, smoothing, z, per_row, saved, cotangents):
+def _backward(size, smoothing, z, cuts, saved, cotangents):
     d_hidden, d_table, d_bias, d_weight = saved
     g = cotangents[0]
     scale = lambda x: None if x is None else (x * g).astype(x.dtype)
@@ -167,10 +187,10 @@ def in_chunks(
       tokens_per_chunk: about how many targets are in one chunk.
     """
     rows, length = hidden.shape[:2]
-    per_row = _per_row(rows, length, tokens_per_chunk)
-    chunks = tuple(_split(x, per_row) for x in (hidden, *by_target))
+    cuts = _cuts(rows, length, tokens_per_chunk)
+    chunks = tuple(_split(x, cuts) for x in (hidden, *by_target))
     body = jax.checkpoint(lambda _, chunk: (None, one(*chunk)), prevent_cse=False)
-    return _join(jax.lax.scan(body, None, chunks)[1], rows, length)
+    return _join(jax.lax.scan(body, None, chunks)[1], (rows, length), cuts)
 
 
 def log_probabilities(

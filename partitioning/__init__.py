@@ -10,24 +10,16 @@ from partitioning.errors import UserError
 
 if TYPE_CHECKING:
     from partitioning.mesh import make_mesh
-    from partitioning.rules import (
-        Placement,
-        Rules,
-        constrain,
-        data,
-        fsdp,
-        fsdp_tensor,
-        is_cut,
-        on_each_device,
-        platform,
-    )
+    from partitioning.presets import data, fsdp, fsdp_sequence, fsdp_tensor
+    from partitioning.rules import Placement, Rules, constrain, is_cut, on_each_device, platform, ways, whole
 
 _HOMES = {
     "make_mesh": "partitioning.mesh",
     **dict.fromkeys(
-        ("Placement", "Rules", "constrain", "data", "fsdp", "fsdp_tensor", "is_cut", "on_each_device", "platform"),
+        ("Placement", "Rules", "constrain", "is_cut", "on_each_device", "platform", "ways", "whole"),
         "partitioning.rules",
     ),
+    **dict.fromkeys(("data", "fsdp", "fsdp_sequence", "fsdp_tensor"), "partitioning.presets"),
 }
 
 __all__ = [
@@ -37,11 +29,14 @@ __all__ = [
     "constrain",
     "data",
     "fsdp",
+    "fsdp_sequence",
     "fsdp_tensor",
     "is_cut",
     "make_mesh",
     "on_each_device",
     "platform",
+    "ways",
+    "whole",
 ]
 
 

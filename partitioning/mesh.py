@@ -16,13 +16,15 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     Args:
       shape: sizes by mesh axis, such as `{"fsdp": -1, "tensor": 2}`; one size may be -1, 'all that is left'.
         None puts every device on `data`.
-      devices: the devices to use; all of them by default.
+      devices: the devices to use; all of them by default. Those of one slice of TPUs stay together along `slice`; devices
+        that know of no slices are shared out in order.
 
     Returns:
       A mesh with axes `MESH_AXES` in that order, all of type Auto, so that every partition rule names axes that exist.
 
     Raises:
-      UserError: an unknown axis, a size that is not positive, or sizes whose product is not the number of devices.
+      UserError: an unknown axis, a size that is not positive, sizes whose product is not the number of devices, or a size of
+        `slice` that is not the number of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = dict(shape) if shape else {"data": -1}
@@ -43,6 +45,24 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         raise UserError(
             f"mesh sizes {shape} need {fixed} devices, and there are {len(devices)}: change a size, or use -1"
         )
-    sizes = [shape.get(name, 1) for name in MESH_AXES]
-    grid = jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(sizes))
-    return grid
+    sizes = {name: shape.get(name, 1) for name in MESH_AXES}
+    inner = sizes | {"slice": 1}
+    grids = [
+        jax.make_mesh(tuple(inner.values()), MESH_AXES, devices=own, axis_types=(AxisType.Auto,) * len(inner)).devices
+        for own in _by_slice(devices, sizes["slice"])
+    ]
+    grid = np.concatenate(grids, axis=MESH_AXES.index("slice"))
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _by_slice(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:
+    """The devices of each slice, in order."""
+    known = sorted({getattr(device, "slice_index", 0) for device in devices})
+    if len(known) == 1:
+        size = len(devices) // count
+        return [list(devices[i * size : (i + 1) * size]) for i in range(count)]
+    if len(known) != count:
+        raise UserError(
+            f"mesh axis 'slice' has size {count}, and the devices are of {len(known)} slices: use slices = {len(known)}"
+        )
+    return [[device for device in devices if device.slice_index == index] for index in known]

@@ -2,8 +2,10 @@
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import jax
@@ -17,8 +19,6 @@ from partitioning.mesh import make_mesh
 Names = tuple[str | None, ...]
 Table = Mapping[str, tuple[str, ...]]
 _SCOPE: contextvars.ContextVar["Placement | None"] = contextvars.ContextVar("placement", default=None)
-
-BATCH_AXES = ("slice", "data", "fsdp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +118,30 @@ class Placement:
         names = ("batch",) + (None,) * (len(shape) - 1)
         return NamedSharding(self.mesh, self.spec(names, shape, table="activations", what=what))
 
+    @cached_property
+    def share(self) -> tuple[int, int]:
+        """Which share of a batch's rows this process reads, and how many shares there are.
+
+        It is the number of processes, but where one row lies on devices of several: these read the same.
+
+        Raises:
+          UserError: processes that hold some rows in common and others not, or other numbers of rows.
+        """
+        cuts = self.rules.activations.get("batch", ())
+        sizes = [self.mesh.shape[place] for place in cuts]
+        held: dict[int, set[int]] = {}
+        for index, device in np.ndenumerate(self.mesh.devices):
+            at = [index[self.mesh.axis_names.index(place)] for place in cuts]
+            block = int(np.ravel_multi_index(at, sizes)) if cuts else 0
+            held.setdefault(device.process_index, set()).add(block)
+        shares = sorted({tuple(sorted(blocks)) for blocks in held.values()})
+        if len({len(blocks) for blocks in shares}) > 1 or len(shares) * len(shares[0]) != math.prod(sizes):
+            raise UserError(
+                f"on this mesh the hosts' devices share rows unevenly: choose sizes of tensor and sequence that divide, or "
+                f"are multiples of, a host's {len(self.mesh.local_devices)} devices"
+            )
+        return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+
     @property
     def replicated(self) -> NamedSharding:
         """The sharding of what every device holds whole."""
@@ -167,10 +191,29 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(placement.mesh, spec))
 
 
+def ways(name: str) -> int:
+    """Into how many parts the rules in scope cut activations along a logical axis."""
+    placement = _SCOPE.get()
+    if placement is None:
+        return 1
+    return math.prod(placement.mesh.shape[place] for place in placement.rules.activations.get(name, ()))
+
+
 def is_cut(name: str) -> bool:
     """Whether the rules in scope cut activations along a logical axis over several devices."""
+    return ways(name) > 1
+
+
+@contextlib.contextmanager
+def whole(name: str) -> Iterator[None]:
+    """Inside the block activations are not cut along a logical axis: for a few tokens of each row, `length` is no length."""
     placement = _SCOPE.get()
-    return placement is not None and any(placement.mesh.shape[p] > 1 for p in placement.rules.activations.get(name, ()))
+    if placement is None or not is_cut(name):
+        yield
+        return
+    rules = replace(placement.rules, activations={**placement.rules.activations, name: ()})
+    with replace(placement, rules=rules).scope():
+        yield
 
 
 def on_each_device(function: Callable[..., Any], arrays: Sequence[tuple[jax.Array, Names]]) -> Any:
@@ -198,32 +241,3 @@ def platform() -> str:
     """What the devices of the mesh in scope are, or jax's own where there is none: 'cpu', 'gpu', 'tpu'."""
     placement = _SCOPE.get()
     return jax.default_backend() if placement is None else placement.mesh.devices.flat[0].platform
-
-
-def table(**places: tuple[str, ...]) -> Table:
-    """A whole table: the axes that are named go where it says, every other axis of the vocabulary is not sharded."""
-    return dict.fromkeys(AXES, ()) | places
-
-
-def data() -> Rules:
-    """Data parallel: every device holds the whole model and a part of the rows."""
-    return Rules(mesh={"data": -1}, parameters=table(), activations=table(batch=BATCH_AXES))
-
-
-def fsdp() -> Rules:
-    """Fully sharded: parameters and optimizer state are cut along `embed`, rows along the same devices."""
-    return Rules(mesh={"fsdp": -1}, parameters=table(embed=("fsdp",)), activations=table(batch=BATCH_AXES))
-
-
-def fsdp_tensor(tensor: int = 2) -> Rules:
-    """Fully sharded, and heads, feed-forward and vocabulary cut over `tensor` devices.
-
-    Args:
-      tensor: devices that share one row's matrices.
-    """
-    wide: dict[str, tuple[str, ...]] = dict.fromkeys(("heads", "mlp", "vocab"), ("tensor",))
-    return Rules(
-        mesh={"fsdp": -1, "tensor": tensor},
-        parameters=table(embed=("fsdp",), **wide),
-        activations=table(batch=BATCH_AXES, **wide),
-    )

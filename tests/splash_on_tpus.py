@@ -1,4 +1,5 @@
-"""Compiles the gradient of a trunk for four TPU chips that are not here, by libtpu's compiler: `splash_on_tpus.py splash`.
+"""Compiles the gradient of a trunk for four TPU chips that are not here, by libtpu's compiler: `splash_on_tpus.py splash`;
+with `splash cut` rows are cut along their length.
 
 A process of its own: libtpu refuses XLA's flags for CPUs. Prints how many kernels are in the program, and whether an array of
 queries by keys is.
@@ -15,15 +16,13 @@ from flax import nnx
 from jax.experimental import topologies
 
 from models import Attention, Block, Causal, FeedForward, RMSNorm, Trunk, Window
-from partitioning import fsdp_tensor
-
-LENGTH = 1000
+from partitioning import Rules, fsdp_sequence, fsdp_tensor
 
 
-def compile_gradient(backend: str) -> str:
-    """The optimised program; rows and heads are cut over two chips each."""
+def compile_gradient(backend: str, rules: Rules, length: int) -> str:
+    """The optimised program; rows and heads, or rows and their length, are cut over two chips each."""
     chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    place = fsdp_tensor(2).place(chips)
+    place = rules.place(chips)
     block = partial(
         Block,
         mixer=partial(Attention, heads=4, kv_heads=2, backend=backend),
@@ -40,7 +39,7 @@ def compile_gradient(backend: str) -> str:
     )
     graph, state = nnx.split(nnx.eval_shape(build))
     whole = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place.replicated)
-    tokens = jax.ShapeDtypeStruct((4, LENGTH), jnp.int32, sharding=place.rows((4, LENGTH), "tokens"))
+    tokens = jax.ShapeDtypeStruct((4, length), jnp.int32, sharding=place.rows((4, length), "tokens"))
 
     def loss(state, tokens, segments, positions):
         out = nnx.merge(graph, state)(tokens, segments=segments, positions=positions, mask=Causal())
@@ -52,6 +51,9 @@ def compile_gradient(backend: str) -> str:
 
 
 if __name__ == "__main__":
-    text = compile_gradient(sys.argv[1])
+    # A part of a row is a multiple of 128 tokens.
+    rules, length = (fsdp_sequence(2), 1024) if "cut" in sys.argv else (fsdp_tensor(2), 1000)
+    text = compile_gradient(sys.argv[1], rules, length)
     kernels = text.count('custom_call_target="tpu_custom_call"')
-    sys.stdout.write(json.dumps({"kernels": kernels, "matrix": f"{LENGTH},{LENGTH}]" in text}))
+    queries = length // 2 if "cut" in sys.argv else length
+    sys.stdout.write(json.dumps({"kernels": kernels, "matrix": f"{queries},{length}]" in text}))

@@ -17,6 +17,8 @@ from objectives.draws import draws
 from partitioning import UserError
 from training.control import ControlLog
 from training.flops import FlopCount, forward_flops, mfu, mfu_formula, peak_flops, training_flops
+from training.goodput import Goodput
+from training.hosts import Hosts
 from training.init_from import keep_report
 from training.judging import judged, lines, open_judges, values_of
 from training.metrics import MetricWriter
@@ -27,11 +29,14 @@ from training.run import Run
 from training.screen import say
 from training.state import State
 from training.store import Store
+from training.watch import Trace, Watch, dump, dump_memory
 
 DEPTH = 2
 
 
-def train(run: Run, out: Path, *, operative: str = "", debug: bool = False) -> dict[str, float]:
+def train(
+    run: Run, out: Path, *, operative: str = "", debug: bool = False, watch: Watch | None = None
+) -> dict[str, float]:
     """Trains a run into a folder, or goes on with what is there.
 
     Args:
@@ -39,6 +44,7 @@ def train(run: Run, out: Path, *, operative: str = "", debug: bool = False) -> d
       out: gets `config.gin`, `checkpoints/`, `metrics.jsonl` and TensorBoard events.
       operative: the config's text, kept beside the run.
       debug: runs without jit and stops at the first NaN.
+      watch: what else to write of the run's programs.
 
     Returns:
       The last figures: loss and evaluations.
@@ -47,6 +53,7 @@ def train(run: Run, out: Path, *, operative: str = "", debug: bool = False) -> d
       UserError: what the plan refuses; a folder that holds another run; too many bad steps in a row.
     """
     # 1. The plan: every check that needs no device memory.
+    watch, goodput = Watch() if watch is None else watch, Goodput()
     keep_programs()
     plan = run.plan()
     store = Store(plan, str(out / "checkpoints"))
@@ -61,7 +68,9 @@ def train(run: Run, out: Path, *, operative: str = "", debug: bool = False) -> d
         keep_report(out, initial, say)
         state = plan.init(initial)
     start = int(state.step)
+    watch.check(done=start, steps=plan.steps)
     _keep_config(out, operative)
+    goodput.resume(out, start)
 
     # 3. One program a stage, all compiled before the first step; then steps.
     with (
@@ -69,18 +78,31 @@ def train(run: Run, out: Path, *, operative: str = "", debug: bool = False) -> d
         MetricWriter(out, step=start) as writer,
         Progress(plan.steps, done=start, checkpoint_every=run.checkpoint_every) as progress,
         Interrupt() as interrupt,
+        Trace(watch, out) as trace,
         plan.placement.scope(),
     ):
         if not start:
             store.start(state)
         remaining = [stage for stage in plan.stages if stage.last > start]
-        programs = [_debugged(stage) if debug else _compiled(plan, stage, progress.say) for stage in remaining]
-        loop = Loop(plan, store, log, writer, progress, interrupt)
+        with goodput("compile"):
+            programs = [_debugged(stage) if debug else _compiled(plan, stage, progress.say) for stage in remaining]
+        if watch.dump and not debug:
+            for stage, program in zip(remaining, programs, strict=True):
+                progress.say(f"program written: {dump(program, stage.first, out)}")
+        loop = Loop(plan, store, log, writer, progress, interrupt, goodput, Hosts(out, goodput), trace)
         for stage, program in zip(remaining, programs, strict=True):
-            state = loop.stage(stage, program, state)
+            with goodput("step"):
+                state = loop.stage(stage, program, state)
+            if watch.dump:
+                dump_memory(out)
             if loop.stopped and int(state.step) < plan.steps:
                 progress.say(f"interrupted: saved at step {int(state.step)}; the same command goes on")
                 break
+        with goodput("checkpoint"):
+            store.checkpoints.wait()
+        if remaining:
+            writer.write(int(state.step), goodput.figures())
+            progress.say(goodput.line())
         return loop.figures
 
 
@@ -94,26 +116,35 @@ class Loop:
     writer: MetricWriter
     progress: Progress
     interrupt: Interrupt
+    goodput: Goodput
+    hosts: Hosts
+    trace: Trace
     figures: dict[str, float] = field(default_factory=dict)
     stopped: bool = False
 
     def __post_init__(self):
         self.judges = open_judges(self.plan)
+        self.share, self.shares = self.plan.placement.share
         self.devices, self.peak = self.plan.placement.mesh.size, peak_flops(self.plan.placement.mesh.devices.flat[0])
 
     def stage(self, stage: PlannedStage, program: Any, state: State) -> State:
         """Takes the stage's steps that are left."""
         run = self.plan.run
         begin = max(stage.first, int(state.step))
-        flops = step_flops(self.plan, stage)
+        with self.goodput("compile"):
+            flops = step_flops(self.plan, stage)
         self.progress.say(mfu_formula(flops, "seconds of a step", devices=self.devices, peak=self.peak))
         self.progress.measure(lambda seconds: mfu(flops, seconds, devices=self.devices, peak=self.peak).value)
         before: tuple[int, int, Any] | None = None
         with Prefetch(lambda step: self._batch(stage, step), first=begin, last=stage.last, depth=DEPTH) as batches:
             for step in range(begin, stage.last):
-                batch = next(batches)
+                with self.goodput("data"):
+                    batch = next(batches)
                 tokens = sum(int(np.count_nonzero(v)) for k, v in batch.items() if k.split("/")[-1] == "segments")
+                self.trace.before(step + 1, state)
                 state, out = program(state, self.plan.put(stage, batch))
+                if (line := self.trace.after(step + 1, state)) is not None:
+                    self.progress.say(line)
                 # The device never waits for the host: what is read back is the step before.
                 if before is not None:
                     self._read(stage, *before)
@@ -131,7 +162,9 @@ class Loop:
                 if judge:
                     self.evaluate(done, state)
                 if save:
-                    self.store.save(state, self.log.saved())
+                    with self.goodput("checkpoint"):
+                        self.store.save(state, self.log.saved())
+                    self.writer.write(done, self.goodput.figures())
                 if self.stopped:
                     break
         if before is not None:
@@ -145,8 +178,8 @@ class Loop:
             length=stage.stage.length,
             seed=self.plan.run.seed,
             start=stage.rows,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
+            host=self.share,
+            hosts=self.shares,
             control=(*stage.control, *self.log.entries),
         )
 
@@ -154,7 +187,8 @@ class Loop:
         """Reads a finished step back: the guard, the controllers, the log."""
         run = self.plan.run
         if run.guard is not None:
-            run.guard.check({"run": out["metrics"]["skipped_in_a_row"]}, step=done)
+            with self.goodput("device"):
+                run.guard.check({"run": out["metrics"]["skipped_in_a_row"]}, step=done)
         if run.controllers:
             first = {"mixture": stage.reader.weights} if stage.reader.weights else {}
             known = len(self.log.entries)
@@ -162,7 +196,8 @@ class Loop:
             for entry in self.log.entries[known:]:
                 self.progress.say(f"step {done}: from step {entry.step} on {dict(entry.values)}")
         if done % run.log_every == 0 or done == self.plan.steps or not self.figures:
-            metrics = {name: float(value) for name, value in jax.device_get(out["metrics"]).items()}
+            with self.goodput("device"):
+                metrics = {name: float(value) for name, value in jax.device_get(out["metrics"]).items()}
             metrics |= stage.reader.epochs(
                 self.plan.row(done),
                 length=stage.stage.length,
@@ -171,11 +206,17 @@ class Loop:
             )
             self.figures["loss"] = metrics["loss"]
             self.writer.write(done, metrics)
-        self.progress.update(done, loss=self.figures["loss"], tokens=tokens * jax.process_count())
+            figures, line = self.hosts.compare()
+            self.writer.write(done, self.goodput.figures() | figures)
+            if line is not None:
+                self.progress.say(line)
+        self.hosts.beat(done)
+        self.progress.update(done, loss=self.figures["loss"], tokens=tokens * self.shares)
 
     def evaluate(self, done: int, state: State) -> None:
         """Runs the evaluators, and puts their figures on file and on screen."""
-        found = judged(self.judges, values_of(self.plan, state))
+        with self.goodput("evaluation"):
+            found = judged(self.judges, values_of(self.plan, state))
         self.figures |= found
         self.writer.write(done, {f"evaluation/{name}": value for name, value in found.items()})
         for line in lines(found):

@@ -278,7 +278,13 @@ def _check(part: Part, reader: Any, placement: Placement, last: int, coupled: Se
         )
     if part.batch_size % k:
         raise UserError(f"batch_size = {part.batch_size} does not divide into accumulate = {k} micro-batches")
-    ways = int(np.prod([placement.mesh.shape[a] for a in placement.rules.activations.get("batch", ())]))
+    count = lambda name: int(np.prod([placement.mesh.shape[a] for a in placement.rules.activations.get(name, ())]))
+    if part.length % count("length"):
+        raise UserError(
+            f"length = {part.length} does not divide over the {count('length')} devices of the mesh axis 'sequence': use a "
+            f"multiple of {count('length')}, or another mesh"
+        )
+    ways = count("batch")
     if (part.batch_size // k) % ways:
         raise UserError(
             f"{part.batch_size // k} rows ({'batch_size' if k == 1 else 'batch_size / accumulate'}) do not divide over "

@@ -174,11 +174,13 @@ class Run:
         """The abstract build, so that a missing value shows before step 0."""
         return self.plan()
 
-    def train(self, out: str | Path, *, operative: str = "", debug: bool = False) -> dict[str, float]:
+    def train(
+        self, out: str | Path, *, operative: str = "", debug: bool = False, watch: Any = None
+    ) -> dict[str, float]:
         """Trains into a folder, or goes on with what is there; see `training.loop.train`."""
         from training.loop import train
 
-        return train(self, Path(out), operative=operative, debug=debug)
+        return train(self, Path(out), operative=operative, debug=debug, watch=watch)
 
     def describe(self) -> None:
         """Prints what the run would be, and trains nothing; see `training.description`."""

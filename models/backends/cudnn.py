@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models.backends.view import View, refuse
-from partitioning import platform
+from partitioning import is_cut, platform
 
 
 def cudnn(
@@ -20,10 +20,13 @@ def cudnn(
     """The product on an NVIDIA GPU, without the matrix of scores in memory; the mask goes in as a matrix.
 
     Raises:
-      UserError: another platform, other numbers than float16 and bfloat16, or a head's width that is no multiple of 8.
+      UserError: another platform, rows cut along their length, other numbers than float16 and bfloat16, or a head's width
+        that is no multiple of 8.
     """
     if platform() != "gpu":
         refuse("cudnn", f"on the platform '{platform()}', it needs an NVIDIA GPU")
+    if is_cut("length"):
+        refuse("cudnn", "rows that are cut along their length")
     if q.dtype not in (jnp.float16, jnp.bfloat16):
         refuse("cudnn", f"in {q.dtype}, its numbers are bfloat16: set Trunk.dtype = 'bfloat16'")
     if q.shape[-1] % 8 or q.shape[-1] > 256:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from models.decoding.decoder import Decoder, Prompts
+from partitioning import whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,4 +119,6 @@ def generate(model: Decoder, prompts: Prompts, strategy: Strategy, stop: Stop, k
       stop: when a row ends.
       keys: one key a row; strategies that draw nothing do not look at them.
     """
-    return finish(model, strategy, stop, strategy.start(model, prompts, stop, keys))
+    # A token after another: there is no length to cut, in training rules neither.
+    with whole("length"):
+        return finish(model, strategy, stop, strategy.start(model, prompts, stop, keys))

@@ -29,9 +29,9 @@ def house(workshop, monkeypatch, tmp_path):
     class Run(workshop.Run):
         """The top object."""
 
-        def train(self, *, out, operative, debug):
+        def train(self, *, out, operative, debug, watch):
             """Note the call."""
-            asked.append((self, out, operative, debug))
+            asked.append((self, out, operative, debug, watch))
 
         def describe(self):
             """Note the call."""
@@ -66,10 +66,12 @@ def trusted(*arguments):
 
 def test_train(house, tmp_path):
     assert trusted("train", "x.gin", "Hide.rate = 0.4", "--out", "runs/a", "--debug") == 0
-    run, out, operative, debug = house[0]
+    run, out, operative, debug, watch = house[0]
     assert (run.objective.rate, out, debug) == (0.4, Path("runs/a"), True)
     assert "workshop.Hide.rate = 0.4" in operative
-    assert trusted("train", "x.gin") == 0
+    assert (watch.first, watch.last, watch.dump) == (None, None, False)
+    assert trusted("train", "x.gin", "--profile", "10:15", "--dump") == 0
+    assert (house[1][4].first, house[1][4].last, house[1][4].dump) == (10, 15, True)
     assert house[1][1] == Path("runs/x")
     assert house[1][3] is False
 
@@ -136,6 +138,11 @@ def test_config_prints_a_configuration_that_resolves_again(house, tmp_path, caps
         (("train", "Hide.rate = 1"), "no configuration given: expected a file that ends in .gin"),
         (("train", "x.gin", "runs"), "'runs': expected a file that ends in .gin, or an override"),
         (("train",), "Missing argument"),
+        (
+            ("train", "x.gin", "--profile", "15:10"),
+            "--profile 15:10: expected the first and the last step, such as 10:15",
+        ),
+        (("train", "x.gin", "--dump", "--debug"), "--dump writes a compiled step, and --debug compiles none"),
         (("train", "x.gin", "--dry"), "No such option: --dry"),
         (("tarin", "x.gin"), "No such command 'tarin'"),
         (("evaluate", "nowhere"), "nowhere: no config.gin in it"),

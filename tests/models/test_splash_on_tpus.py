@@ -12,12 +12,13 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("cut", [[], ["cut"]], ids=["whole rows", "cut rows"])
 @pytest.mark.parametrize(("backend", "kernels"), [("splash", 6), ("xla", 0)])
-def test_the_gradient_has_the_kernels_and_no_matrix(backend, kernels):
+def test_the_gradient_has_the_kernels_and_no_matrix(backend, kernels, cut):
     """Three kernels for each of the two blocks of the scan's body, and nothing of queries by keys, where XLA has that."""
     place = {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])}
     run = subprocess.run(
-        [sys.executable, str(TESTS / "splash_on_tpus.py"), backend],
+        [sys.executable, str(TESTS / "splash_on_tpus.py"), backend, *cut],
         env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | place,
         capture_output=True,
         text=True,

@@ -14,7 +14,7 @@ from awkward import CASES, ROWS, build, in_float64
 
 from objectives.base import Batch
 from objectives.draws import draws
-from partitioning import data, fsdp, fsdp_tensor
+from partitioning import UserError, data, fsdp, fsdp_sequence, fsdp_tensor
 from training.optimizers import Sgd
 from training.step import Step
 from training.trees import Trees
@@ -114,6 +114,31 @@ def test_eight_devices_equal_one(name):
     assert max(np.abs(g).max() for g in one[0].values()) > 1e-3
     for rules in (data(), fsdp(), fsdp_tensor(2)):
         assert_same(one, gradients(name, rules, 8))
+
+
+EVERY_WAY = fsdp_sequence(2, tensor=2, slices=2)
+# GRPO's rows are a prompt and what was drawn behind it, 17 tokens: they are refused.
+LONGER = [name for name in CASES if name != "grpo"]
+
+
+@pytest.mark.parametrize("name", ["mlm", "clm"])
+def test_rows_cut_along_their_length_equal_one(name):
+    """An encoder and a decoder; heads are cut, and there are two slices. An encoder-decoder: models/test_cut_rows.py."""
+    assert_same(on_one(name), gradients(name, EVERY_WAY, 8))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rules", [EVERY_WAY, fsdp_sequence(2), fsdp(slices=2)], ids=["every way", "length", "slices"])
+@pytest.mark.parametrize("name", LONGER)
+def test_every_way_to_cut_equals_one(name, rules):
+    """All objectives."""
+    assert_same(on_one(name), gradients(name, rules, 8))
+
+
+def test_a_length_that_does_not_divide_is_refused():
+    """Also where an objective made the rows."""
+    with pytest.raises(UserError, match="axis 'length' of size 17 does not divide over sequence = 2 devices"):
+        gradients("grpo", fsdp_sequence(2), 8)
 
 
 @pytest.mark.parametrize("name", ACCUMULATING)

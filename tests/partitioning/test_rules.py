@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from partitioning import Rules, UserError, constrain, data, fsdp, fsdp_tensor, make_mesh
 from partitioning.axes import AXES, MESH_AXES
-from partitioning.rules import table
+from partitioning.presets import table
 
 
 def test_a_mesh_has_every_axis():

@@ -11,7 +11,7 @@ import pytest
 from optax import contrib
 
 from partitioning import Rules, fsdp_tensor
-from partitioning.rules import table
+from partitioning.presets import table
 from training import bases, fira
 from training.bases import Wide
 from training.conda import Conda

@@ -1,0 +1,1 @@
+"""A pod of Cloud TPUs and the run on it, by the cloud's own command."""

@@ -1,0 +1,190 @@
+"""The split of a run's wall time: it adds up, by a clock that is ours and in real runs that were killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from running import devices, killed_after, tiny
+
+from training.goodput import KINDS, WALL, Goodput, beat_file
+from training.hosts import Hosts, slowest
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    def __init__(self):
+        self.time = 100.0
+
+    def __call__(self):
+        return self.time
+
+
+def spend(clock, goodput, **seconds):
+    """So many seconds in a block of each kind."""
+    for kind, each in seconds.items():
+        with goodput(kind):
+            clock.time += each
+
+
+def seconds(figures):
+    return {kind: figures[f"goodput/{kind}"] * figures[WALL] for kind in KINDS}
+
+
+def test_blocks_add_up_to_the_wall_time():
+    """What is inside another block is not counted twice; a wait for the device belongs to the step."""
+    clock = Clock()
+    goodput = Goodput(clock)
+    clock.time += 2
+    spend(clock, goodput, compile=5)
+    with goodput("step"):
+        clock.time += 1
+        spend(clock, goodput, data=3, device=4, evaluation=6, checkpoint=7)
+        clock.time += 10
+    found = goodput.figures()
+    expected = {"start": 2, "compile": 5, "step": 15, "data": 3, "evaluation": 6, "checkpoint": 7, "lost": 0}
+    assert seconds(found) == pytest.approx(expected)
+    assert found[WALL] == clock.time - 100
+    assert sum(found[f"goodput/{kind}"] for kind in KINDS) == pytest.approx(1)
+    assert goodput.line() == (
+        "wall time 38s: steps 39.5%, start 5.3%, compilation 13.2%, waiting for data 7.9%, checkpoints 18.4%, "
+        "evaluation 15.8%"
+    )
+
+
+def test_a_block_that_ends_in_an_error_gives_its_time_back():
+    clock = Clock()
+    goodput = Goodput(clock)
+    batches = iter(())
+    with pytest.raises(StopIteration), goodput("data"):
+        next(batches)
+    clock.time += 1
+    assert seconds(goodput.figures())["start"] == pytest.approx(1)
+
+
+def test_what_was_done_after_the_checkpoint_is_lost(tmp_path):
+    """Two crashes: each start adds all that earlier ones took, and what they must do again is lost once."""
+    clock = Clock()
+    path = tmp_path / "metrics.jsonl"
+
+    def start(step):
+        goodput = Goodput(clock)
+        goodput.resume(tmp_path, step)
+        write(goodput, step)
+        return goodput
+
+    def write(goodput, step):
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step} | goodput.figures()) + "\n")
+
+    first = start(0)
+    spend(clock, first, compile=10, step=20)
+    write(first, 10)
+    spend(clock, first, step=20, evaluation=5)
+    write(first, 20)
+    with path.open("a") as file:
+        file.write('{"step": 2')
+    # The last heartbeat was four seconds later.
+    beat_file(tmp_path, 0).parent.mkdir()
+    beat_file(tmp_path, 0).write_text(json.dumps({"wall_s": 59.0}))
+
+    second = start(10)
+    assert seconds(second.figures()) == pytest.approx(dict.fromkeys(KINDS, 0) | {"compile": 10, "step": 20, "lost": 29})
+    spend(clock, second, start=2, step=21)
+    write(second, 20)
+    third = start(10)
+    spend(clock, third, step=40)
+    found = seconds(third.figures())
+    assert found == pytest.approx(dict.fromkeys(KINDS, 0) | {"compile": 10, "step": 60, "lost": 52})
+    assert third.figures()[WALL] == pytest.approx(clock.time - 100 + 4)
+
+
+def test_a_real_run_and_one_that_was_killed(tmp_path, capsys):
+    """A line at every log step and checkpoint, shares that add up; the killed run's redone steps are lost."""
+    out = tmp_path / "run"
+    with devices(1):
+        tiny("clm").train(out)
+        whole = splits(out)
+        assert [step for step, _ in whole] == [1, 2, 2, 3, 4, 4, 4]
+        for _, found in whole:
+            assert sum(found[f"goodput/{kind}"] for kind in KINDS) == pytest.approx(1)
+        walls = [found[WALL] for _, found in whole]
+        assert walls == sorted(walls)
+        final = seconds(whole[-1][1])
+        assert final["lost"] == 0
+        assert all(final[kind] > 0 for kind in ("start", "compile", "data", "step", "checkpoint"))
+        beat = json.loads(beat_file(out, 0).read_text())
+        assert 1 <= beat["step"] <= 4
+        killed_after(2, out, tmp_path / "killed")
+        tiny("clm").train(tmp_path / "killed")
+    lost = seconds(splits(tmp_path / "killed")[-1][1])["lost"]
+    at_the_checkpoint = whole[2][1][WALL]
+    assert lost == pytest.approx(walls[-1] - at_the_checkpoint, rel=1e-6)
+    assert "lost to restarts" in capsys.readouterr().out.splitlines()[-1]
+
+
+def splits(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row) for row in rows if WALL in row]
+
+
+def test_a_heartbeat_is_rare(tmp_path):
+    """Every five seconds at most, whatever the steps."""
+    clock = Clock()
+    hosts = Hosts(tmp_path, Goodput(clock), now=clock)
+    steps = []
+    for step in range(1, 12):
+        hosts.beat(step)
+        steps.append(json.loads(beat_file(tmp_path, 0).read_text())["step"])
+        clock.time += 2
+    assert steps == [1, 1, 1, 4, 4, 4, 7, 7, 7, 10, 10]
+    assert hosts.compare() == ({}, None)
+
+
+@pytest.mark.parametrize(
+    ("times", "says"),
+    [
+        ([[0.1, 1, 9], [0.2, 1, 9], [0.1, 1, 9]], None),
+        (
+            [[0.1, 1, 9], [4, 1, 5], [0.1, 1, 9]],
+            "host 1 is slow: 4.0 s of 10.0 s waiting for data, the median host 0.1 s",
+        ),
+        (
+            [[0, 1, 9], [0, 1, 9], [0, 8, 2]],
+            "host 2 is slow: 8.0 s of 10.0 s working on the host, the median host 1.0 s",
+        ),
+    ],
+)
+def test_the_slowest_host_is_named(times, says):
+    figures, line = slowest(np.array(times))
+    assert line == says
+    assert figures["hosts/slowest_data"] == np.argmax([t[0] for t in times])
+
+
+@pytest.mark.long
+def test_hosts_hear_of_each_other(tmp_path):
+    """Two real processes: a round brings what the one before sent, to both."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    script = Path(__file__).with_name("slow_host.py")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script), host, port, str(tmp_path)], env=environment, stdout=subprocess.PIPE
+        )
+        for host in "01"
+    ]
+    said = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in started]
+    assert said[0] == said[1]
+    (_, before), (figures, line) = said[0]
+    assert before is None
+    assert figures["hosts/slowest_data"] == 1
+    assert line == "host 1 is slow: 4.0 s of 10.0 s waiting for data, the median host 2.2 s"
