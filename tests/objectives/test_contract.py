@@ -112,7 +112,7 @@ def test_eight_devices_equal_one(name):
     one = on_one(name)
     assert np.isfinite(one[1]["loss"])
     assert max(np.abs(g).max() for g in one[0].values()) > 1e-3
-    for rules in (data(), fsdp(), fsdp_tensor(2)):
+    for rules in (data(), fsdp_tensor(2)):
         assert_same(one, gradients(name, rules, 8))
 
 
@@ -128,7 +128,11 @@ def test_rows_cut_along_their_length_equal_one(name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("rules", [EVERY_WAY, fsdp_sequence(2), fsdp(slices=2)], ids=["every way", "length", "slices"])
+@pytest.mark.parametrize(
+    "rules",
+    [fsdp(), EVERY_WAY, fsdp_sequence(2), fsdp(slices=2)],
+    ids=["fully sharded", "every way", "length", "slices"],
+)
 @pytest.mark.parametrize("name", LONGER)
 def test_every_way_to_cut_equals_one(name, rules):
     """All objectives."""
