@@ -101,7 +101,7 @@ def _earlier(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        found = _parsed(line)
+        found = parsed(line)
         if WALL in found:
             yield found["step"], {kind: found[f"{PREFIX}{kind}"] * found[WALL] for kind in KINDS}
 
@@ -109,7 +109,7 @@ def _earlier(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
 def _last_beat(out: Path) -> float:
     """Wall time at the first host's last heartbeat; it comes more often than a metric."""
     path = beat_file(out, 0)
-    return float(_parsed(path.read_text(encoding="utf-8")).get("wall_s", 0.0)) if path.exists() else 0.0
+    return float(parsed(path.read_text(encoding="utf-8")).get("wall_s", 0.0)) if path.exists() else 0.0
 
 
 def beat_file(out: Path, host: int) -> Path:
@@ -117,10 +117,10 @@ def beat_file(out: Path, host: int) -> Path:
     return out / "hosts" / f"{host}.json"
 
 
-def _parsed(line: str) -> dict[str, Any]:
+def parsed(line: str) -> dict[str, Any]:
+    """A JSON object; empty where a kill cut it short."""
     try:
         found = json.loads(line)
     except ValueError:
-        # A kill cut it short.
         return {}
     return found if isinstance(found, dict) else {}

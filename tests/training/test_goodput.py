@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from running import devices, killed_after, tiny
@@ -168,23 +164,29 @@ def test_the_slowest_host_is_named(times, says):
     assert figures["hosts/slowest_data"] == np.argmax([t[0] for t in times])
 
 
-@pytest.mark.long
-def test_hosts_hear_of_each_other(tmp_path):
-    """Two real processes: a round brings what the one before sent, to both."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    script = Path(__file__).with_name("slow_host.py")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(script), host, port, str(tmp_path)], env=environment, stdout=subprocess.PIPE
-        )
-        for host in "01"
-    ]
-    said = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in started]
-    assert said[0] == said[1]
-    (_, before), (figures, line) = said[0]
-    assert before is None
+def test_the_first_host_hears_of_the_others(tmp_path, monkeypatch):
+    """Between two beats of all; an earlier start's beats, and a host that hangs, compare with nothing."""
+    clock = Clock()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    hosts = []
+    for host in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda h=host: h)
+        hosts.append(Hosts(tmp_path, Goodput(clock), now=clock))
+    times = [hosts[0]._goodput.seconds, hosts[1]._goodput.seconds]
+
+    def beat(*who):
+        clock.time += 10
+        for host in who:
+            hosts[host].beat(1)
+        return hosts[0].compare()
+
+    beat_file(tmp_path, 1).write_text(json.dumps({"pid": 1, "time": 0, "data_s": 99.0}))
+    assert beat(0) == ({}, None)
+    assert beat(0, 1) == ({}, None)
+    for seconds, data in zip(times, (0.5, 4.0), strict=True):
+        seconds |= {"data": data, "step": 1.0, "device": 9 - data}
+    assert beat(0) == ({}, None)
+    figures, line = beat(0, 1)
     assert figures["hosts/slowest_data"] == 1
     assert line == "host 1 is slow: 4.0 s of 10.0 s waiting for data, the median host 2.2 s"
+    assert hosts[1].compare() == ({}, None)
