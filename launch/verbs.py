@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.checkpoints import app as checkpoints
 from partitioning.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ AllowImport = Annotated[
 ]
 reading = typer.Typer(help="Look at what a run reads.", no_args_is_help=True)
 app.add_typer(reading, name="data")
+app.add_typer(checkpoints, name="checkpoints")
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
 
@@ -83,16 +85,28 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/CONFIG")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve, check and count; train nothing.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Run unjitted and stop at the first NaN.")] = False,
+    hosts: Annotated[int | None, typer.Option(min=1, help="Of several hosts: how many.", show_default=False)] = None,
+    host: Annotated[int | None, typer.Option(min=0, help="Which one this is, from 0.", show_default=False)] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="ADDRESS:PORT", help="Of host 0, as all reach it.", show_default=False)
+    ] = None,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Ask a TPU pod, Slurm or Open MPI for these.")] = False,
+    patience: Annotated[float, typer.Option(min=2, help="Seconds after which a silent host is gone.")] = 30.0,
     allow_import: AllowImport = None,
 ) -> None:
     """Train what a configuration describes; run again, it resumes."""
+    from launch.hosts import Meeting, met
+
     folder = out if out is not None else Path("runs") / Path(_split(arguments)[0][-1]).stem
     _check_folder(folder)
-    resolved = _resolve(arguments, allow_import)
-    if dry_run:
-        resolved.value.describe()
-        return
-    resolved.value.train(out=folder, operative=resolved.operative, debug=debug)
+    with met(Meeting(hosts, host, coordinator, cluster, patience)) as others:
+        resolved = _resolve(arguments, allow_import)
+        if others is not None:
+            others.begin_alike(resolved.operative)
+        if dry_run:
+            resolved.value.describe()
+            return
+        resolved.value.train(out=folder, operative=resolved.operative, debug=debug)
 
 
 @app.command()
