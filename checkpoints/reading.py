@@ -21,10 +21,14 @@ def read(path: Any, stored: Mapping[str, Any]) -> dict[str, jax.Array]:
     flat = {}
     if full:
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                restore_args = ocp.checkpoint_utils.construct_restore_args(full)
-                args = ocp.args.PyTreeRestore(item=full, restore_args=restore_args, partial_restore=True)
-                flat = reader.restore(path, args=args)
+            # The handler alone: a checkpointer lets hosts wait for each other, also for one that could not read.
+            handler = ocp.PyTreeCheckpointHandler()
+            restore_args = ocp.checkpoint_utils.construct_restore_args(full)
+            args = ocp.args.PyTreeRestore(item=full, restore_args=restore_args, partial_restore=True)
+            try:
+                flat = handler.restore(path, args=args)
+            finally:
+                handler.close()
         # Orbax and tensorstore raise many kinds for a damaged folder; all of them mean that it cannot be restored.
         except Exception as error:
             raise BrokenError(f"its arrays cannot be read ({type(error).__name__}: {str(error)[:300]})") from error

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from checkpoints.agreement import first_fault
 from checkpoints.barrier import barrier
 from checkpoints.faults import Background, BrokenError, writing
 from checkpoints.frozen import Frozen
@@ -290,7 +291,7 @@ class Checkpoints(Frozen):
         try:
             record = self.record(step)
             for part in parts:
-                self._arrays(step, part, record["leaves"])
+                _check_sums(read(self.folder / str(step) / "arrays", part), record["leaves"])
         except BrokenError as error:
             raise UserError(f"{self.folder / str(step)}: {error}") from None
         for reference in record["metadata"].get("frozen", {}).values():
@@ -307,9 +308,7 @@ class Checkpoints(Frozen):
         for candidate in reversed(steps) if step is None else [step]:
             where = self.folder / str(candidate)
             try:
-                record = self.record(candidate)
-                compare(record["leaves"], table(stored), where=f"checkpoint {where}", whole=whole)
-                flat = self._arrays(candidate, stored, record["leaves"])
+                record, flat = self._read(candidate, stored, whole=whole)
             except BrokenError as error:
                 reasons.append(f"{where}: {error}")
                 if step is None:
@@ -340,11 +339,25 @@ class Checkpoints(Frozen):
             raise BrokenError(f"its metadata cannot be read ({error})") from None
         return record
 
-    def _arrays(self, step: int, stored: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """The leaves `stored` of a checkpoint, each with the bits that were saved."""
-        flat = read(self.folder / str(step) / "arrays", stored)
-        sums = checksums({name: leaf for name, leaf in flat.items() if leaf.size})
-        changed = [name for name, value in sums.items() if value != leaves[name]["checksum"]]
-        if changed:
-            raise BrokenError(f"{len(changed)} leaves are not as they were saved, first {changed[0]!r}")
-        return flat
+    def _read(
+        self, step: int, stored: Mapping[str, Any], *, whole: bool
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        """A checkpoint's record and the leaves `stored` of it, with the bits that were saved; broken on all hosts or none."""
+        where, fault = self.folder / str(step), None
+        try:
+            record = self.record(step)
+            compare(record["leaves"], table(stored), where=f"checkpoint {where}", whole=whole)
+            flat = read(where / "arrays", stored)
+        except BrokenError as error:
+            fault = str(error)
+        if (fault := first_fault(fault, timeout_s=self.timeout_s)) is not None:
+            raise BrokenError(fault)
+        _check_sums(flat, record["leaves"])
+        return record, flat
+
+
+def _check_sums(flat: Mapping[str, jax.Array], leaves: Mapping[str, Any]) -> None:
+    sums = checksums({name: leaf for name, leaf in flat.items() if leaf.size})
+    changed = [name for name, value in sums.items() if value != leaves[name]["checksum"]]
+    if changed:
+        raise BrokenError(f"{len(changed)} leaves are not as they were saved, first {changed[0]!r}")
