@@ -25,14 +25,14 @@ def list_(run: RunFolder) -> None:
 
     store = _opened(run)
     for step in store.steps():
-        files = [path for path in (store.folder / str(step)).rglob("*") if path.is_file()]
-        size = sum(path.stat().length for path in files)
+        files = [path.stat() for path in (run / "checkpoints" / str(step)).rglob("*") if path.is_file()]
+        size = sum(file.st_size for file in files)
         try:
             record = store.record(step)
         except BrokenError as error:
             typer.echo(f"{step:>9}  {_mib(size)}  broken: {error}")
             continue
-        when = datetime.fromtimestamp(max(path.stat().mtime for path in files)).strftime("%Y-%m-%d %H:%M:%S")
+        when = datetime.fromtimestamp(max(file.st_mtime for file in files)).strftime("%Y-%m-%d %H:%M:%S")
         figures = "  ".join(f"{name} {value:.4f}" for name, value in record["metadata"].get("figures", {}).items())
         typer.echo(f"{step:>9}  {_mib(size)}  {when}  {len(record['leaves'])} arrays  {figures}".rstrip())
 
