@@ -21,6 +21,8 @@ from partitioning.key_values import key_values
 
 BEAT_S = 1.0
 MEET_S = 300
+JAX_S = 30
+"""How much later than this module jax itself gives a host up, and ends the process without a name."""
 STATUS = 3
 """The exit status of a host that stopped because another one did."""
 _KEYS = "palmette/"
@@ -120,8 +122,8 @@ class Hosts:
                 meeting.host,
                 cluster_detection_method=None if meeting.cluster else "deactivate",
                 initialization_timeout=MEET_S,
-                heartbeat_timeout_seconds=int(2 * meeting.patience_s),
-                shutdown_timeout_seconds=int(2 * meeting.patience_s),
+                heartbeat_timeout_seconds=int(meeting.patience_s + JAX_S),
+                shutdown_timeout_seconds=int(meeting.patience_s + JAX_S),
             )
         except (ValueError, RuntimeError) as error:
             raise UserError(f"the hosts could not meet: {str(error).splitlines()[0]}") from error
