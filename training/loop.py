@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from checkpoints.barrier import barrier
 from checkpoints.lock import held
 from data.prefetch import Prefetch
 from objectives.draws import draws
@@ -84,6 +85,8 @@ def _trained(plan: Plan, store: Store, out: Path, operative: str, debug: bool) -
             store.start(state)
         remaining = [stage for stage in plan.stages if stage.last > start]
         programs = [_debugged(stage) if debug else _compiled(plan, stage, progress.say) for stage in remaining]
+        # Collectives bear less waiting for each other than compilers take: no host begins before all can.
+        barrier("compiled", timeout_s=store.checkpoints.timeout_s)
         loop = Loop(plan, store, log, writer, progress, interrupt)
         for stage, program in zip(remaining, programs, strict=True):
             state = loop.stage(stage, program, state)
