@@ -10,7 +10,7 @@ RUN ?= runs/quickstart
 # No accelerator is asked for where one is not: tests run on eight fake CPU devices.
 TEST_ENV := JAX_PLATFORMS=cpu
 
-.PHONY: install lint test test-all quickstart bench clean
+.PHONY: install lint test test-all quickstart bench chaos clean
 
 install: $(STAMP)
 
@@ -55,6 +55,10 @@ quickstart: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity]'
 	$(BIN)/python -m benchmarks
+
+# RUNS=100 runs on two hosts, from seed SEED=0 on, each hit by a fault and started again; Ctrl-C ends it with what there is.
+chaos: $(STAMP)
+	$(BIN)/python -m benchmarks chaos
 
 clean:
 	rm -rf .venv .venv313 .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -44,6 +44,10 @@ class RandomText:
         text = ((batch_size, length), np.dtype(np.int32))
         return {"tokens": text, "segments": text, "positions": text, "row": ((batch_size,), np.dtype(np.int32))}
 
+    def identity(self) -> dict[str, Any]:
+        """See `data.reader.Reader`."""
+        return {"task": "random", "vocabulary": self.vocabulary}
+
     def planned(self, steps: int, row: Any) -> tuple:
         """See `data.reader.Reader`."""
         return ()

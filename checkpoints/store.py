@@ -8,60 +8,40 @@ which here has to survive broken folders, separable from the managing side.
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from checkpoints.agreement import first_fault
 from checkpoints.barrier import barrier
+from checkpoints.faults import Background, BrokenError, writing
+from checkpoints.frozen import Frozen
 from checkpoints.leaves import (
     NAMED_AT_MOST,
     checksums,
     compare,
-    content_hash,
     like_abstract,
     named_leaves,
     plain,
     plain_abstract,
     table,
 )
+from checkpoints.preserved import Preserved
+from checkpoints.reading import read
 from partitioning.errors import UserError
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 ASIDE = "aside"
-FROZEN = "frozen"
-_NO_ROOM = ("ENOSPC", "No space left", "EDQUOT", "quota exceeded", "EFBIG", "File too large")
-_NOT_ALLOWED = ("EACCES", "Permission denied", "EROFS", "Read-only file system", "PERMISSION_DENIED")
+AT_ONCE = 1 << 30
+"""Bytes that `verify` holds at once; a larger leaf alone is held whole."""
 
 
-class BrokenError(Exception):
-    """A checkpoint that cannot be restored whole; the message says what is wrong with it."""
-
-
-@contextmanager
-def _writing(folder: Any) -> Iterator[None]:
-    """Turns a full or forbidden disk, wherever Orbax met it, into one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        if any(sign in text for sign in _NO_ROOM):
-            raise UserError(
-                f"{folder}: no room on the disk for the checkpoint; the earlier ones are whole: free some space, or "
-                "keep fewer"
-            ) from error
-        if any(sign in text for sign in _NOT_ALLOWED) or isinstance(error, (NotADirectoryError, FileExistsError)):
-            raise UserError(f"{folder}: cannot be written to: {error}") from error
-        raise
-
-
-class Checkpoints:
+class Checkpoints(Frozen):
     """The checkpoints in one folder.
 
     Each holds the arrays of a pytree by path, and a JSON record: the caller's metadata, and shape, dtype and checksum
@@ -73,6 +53,7 @@ class Checkpoints:
       folder: local path or `gs://` address; made by the first save.
       keep: how many of the newest checkpoints stay.
       every: steps between checkpoints, for `due`; None is never.
+      best: the name of a figure in the metadata's `figures`, and `min` or `max`: the best checkpoint by it stays too.
       timeout_s: seconds that processes wait for each other, and for a write to end.
       on_broken: called with one line for every checkpoint that is skipped; None logs a warning.
 
@@ -86,6 +67,7 @@ class Checkpoints:
         *,
         keep: int = 3,
         every: int | None = None,
+        best: tuple[str, Literal["min", "max"]] | None = None,
         timeout_s: int = 600,
         on_broken: Callable[[str], None] | None = None,
     ):
@@ -102,7 +84,9 @@ class Checkpoints:
                 break
         self.keep, self.every, self.timeout_s = keep, every, timeout_s
         self._on_broken = on_broken or (lambda line: log.warning("%s", line))
+        self._preserved = Preserved(keep, best)
         self._manager: Any = None
+        self._background: Any = None
         self._last: int | None = None
 
     def due(self, step: int) -> bool:
@@ -139,17 +123,17 @@ class Checkpoints:
         if step == self._last:
             return False
         barrier(f"save {step}", timeout_s=self.timeout_s)
-        with _writing(self.folder):
+        with writing(self.folder):
             self._set_aside()
             manager = self._open()
-            manager.wait_until_finished()
-            manager.check_for_errors()
+            self._background.wait(manager)
             flat = {name: plain(leaf) for name, leaf in named_leaves(arrays).items()}
             # Orbax refuses what has no elements; the record alone can give it back.
             full = {name: leaf for name, leaf in flat.items() if leaf.size}
             sums = checksums(full)
             leaves = {name: entry | {"checksum": sums.get(name)} for name, entry in table(flat).items()}
-            record = {"format": FORMAT, "step": step, "leaves": leaves, "metadata": dict(metadata)}
+            record: dict[str, Any] = {"format": FORMAT, "step": step, "leaves": leaves, "metadata": dict(metadata)}
+            self._preserved.note(step, record["metadata"])
             items = {"metadata": ocp.args.JsonSave(json.loads(json.dumps(record)))}
             if full:
                 items["arrays"] = ocp.args.StandardSave(full)
@@ -164,19 +148,21 @@ class Checkpoints:
           UserError: it failed for want of room or permission.
         """
         if self._manager is not None:
-            with _writing(self.folder):
-                self._manager.wait_until_finished()
-                self._manager.check_for_errors()
+            with writing(self.folder):
+                self._background.wait(self._manager)
 
     def close(self) -> None:
         """Waits for the write under way and ends the threads; raises as `wait`."""
         manager, self._manager = self._manager, None
-        if manager is not None:
-            with _writing(self.folder):
-                try:
-                    manager.wait_until_finished()
-                    manager.check_for_errors()
-                finally:
+        if manager is None:
+            return
+        self._background.close()
+        with writing(self.folder):
+            try:
+                self._background.wait(manager)
+            finally:
+                # On several hosts the others are not coming to where a failed write ends.
+                if self._background.error is None or jax.process_count() == 1:
                     manager.close()
 
     def __enter__(self) -> "Checkpoints":
@@ -188,16 +174,19 @@ class Checkpoints:
     def _open(self) -> Any:
         """Orbax's manager, made by the first save, since making it clears unfinished writes away."""
         import orbax.checkpoint as ocp
-        from orbax.checkpoint.checkpoint_managers import LatestN
 
         if self._manager is None:
+            self._background = Background()
+            for step in self.steps():
+                with suppress(BrokenError):
+                    self._preserved.note(step, self.record(step)["metadata"])
             self.folder.mkdir(parents=True, exist_ok=True)
             processes = jax.process_count()
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 item_names=("arrays", "metadata"),
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=LatestN(self.keep),
+                    preservation_policy=self._preserved,
                     # Made above; Orbax refuses to make it for named processes.
                     create=False,
                     cleanup_tmp_directories=True,
@@ -252,7 +241,7 @@ class Checkpoints:
           UserError: it is not there, or its record cannot be read.
         """
         try:
-            return self._record(step)["metadata"]
+            return self.record(step)["metadata"]
         except BrokenError as error:
             raise UserError(f"{self.folder / str(step)}: {error}") from None
 
@@ -264,27 +253,49 @@ class Checkpoints:
         """
         for step in reversed(self.steps()):
             try:
-                record = self._record(step)
+                record = self.record(step)
             except BrokenError:
                 continue  # Said by the restore that follows.
             return record["leaves"], record["metadata"]
         raise UserError(f"{self.folder} has no checkpoint whose record can be read")
 
+    def shapes(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Every leaf of a checkpoint as it is stored, for one device.
+
+        Raises:
+          UserError: its record cannot be read.
+        """
+        try:
+            leaves = self.record(step)["leaves"]
+        except BrokenError as error:
+            raise UserError(f"{self.folder / str(step)}: {error}") from None
+        shape = lambda entry: jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(entry["dtype"]))
+        return {name: plain_abstract(shape(entry)) for name, entry in leaves.items()}
+
     def verify(self, step: int) -> None:
-        """Reads a whole checkpoint, on one device, and compares every leaf with its checksum.
+        """Reads a whole checkpoint, a part at a time on one device, and compares every leaf with its checksum.
+
+        Its frozen trees are compared with their hashes.
 
         Raises:
           UserError: what cannot be read, or which leaves have changed.
         """
+        parts: list[dict[str, Any]] = [{}]
+        size = 0
+        for name, leaf in self.shapes(step).items():
+            size += leaf.size * leaf.dtype.itemsize
+            if size > AT_ONCE:
+                parts.append({})
+                size = leaf.size * leaf.dtype.itemsize
+            parts[-1][name] = leaf
         try:
-            leaves = self._record(step)["leaves"]
-            abstract = {
-                name: plain_abstract(jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(entry["dtype"])))
-                for name, entry in leaves.items()
-            }
-            self._arrays(step, abstract, leaves)
+            record = self.record(step)
+            for part in parts:
+                _check_sums(read(self.folder / str(step) / "arrays", part), record["leaves"])
         except BrokenError as error:
             raise UserError(f"{self.folder / str(step)}: {error}") from None
+        for reference in record["metadata"].get("frozen", {}).values():
+            self.load_frozen(reference, self.frozen_leaves(reference))
 
     def _restore(self, abstract: Any, step: int | None, *, whole: bool) -> tuple[Any, dict[str, Any]]:
         steps = self.steps()
@@ -297,9 +308,7 @@ class Checkpoints:
         for candidate in reversed(steps) if step is None else [step]:
             where = self.folder / str(candidate)
             try:
-                record = self._record(candidate)
-                compare(record["leaves"], table(stored), where=f"checkpoint {where}", whole=whole)
-                flat = self._arrays(candidate, stored, record["leaves"])
+                record, flat = self._read(candidate, stored, whole=whole)
             except BrokenError as error:
                 reasons.append(f"{where}: {error}")
                 if step is None:
@@ -311,8 +320,12 @@ class Checkpoints:
             return jax.tree.unflatten(jax.tree.structure(abstract), leaves), record["metadata"]
         raise UserError(f"no complete checkpoint in {self.folder}: " + "; ".join(reasons[:NAMED_AT_MOST]))
 
-    def _record(self, step: int) -> dict[str, Any]:
-        """The JSON record of a checkpoint."""
+    def record(self, step: int) -> dict[str, Any]:
+        """The JSON record of a checkpoint: its `leaves` with shape, dtype and checksum, and its `metadata`.
+
+        Raises:
+          BrokenError: it is missing or cannot be read.
+        """
         path = self.folder / str(step) / "metadata" / "metadata"
         try:
             record = json.loads(path.read_text())
@@ -326,105 +339,25 @@ class Checkpoints:
             raise BrokenError(f"its metadata cannot be read ({error})") from None
         return record
 
-    def _arrays(self, step: int, stored: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """The leaves `stored` of a checkpoint, each with the bits that were saved."""
-        flat = _read(self.folder / str(step) / "arrays", stored)
-        sums = checksums({name: leaf for name, leaf in flat.items() if leaf.size})
-        changed = [name for name, value in sums.items() if value != leaves[name]["checksum"]]
-        if changed:
-            raise BrokenError(f"{len(changed)} leaves are not as they were saved, first {changed[0]!r}")
-        return flat
-
-    # -- frozen trees
-
-    def save_frozen(self, name: str, arrays: Any) -> dict[str, str]:
-        """Writes a tree that never changes once, under its content's hash, and returns the reference to keep.
-
-        Args:
-          name: the tree's name, one path component.
-          arrays: pytree of arrays.
-
-        Returns:
-          `{"path": folder relative to the checkpoints, "hash": SHA-256}`, for the metadata of checkpoints.
-
-        Raises:
-          UserError: the disk is full or may not be written to.
-        """
-        import orbax.checkpoint as ocp
-
-        flat = {leaf_name: plain(leaf) for leaf_name, leaf in named_leaves(arrays).items()}
-        digest = content_hash(flat)
-        reference = {"path": f"{FROZEN}/{name}-{digest[:12]}", "hash": digest}
-        target = self.folder / reference["path"]
-        if not target.exists():
-            with _writing(self.folder):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with ocp.StandardCheckpointer(async_options=ocp.AsyncOptions(timeout_secs=self.timeout_s)) as writer:
-                    writer.save(target, {key: leaf for key, leaf in flat.items() if leaf.size})
-                    writer.wait_until_finished()
-        return reference
-
-    def frozen_leaves(self, reference: Mapping[str, str]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape and dtype of each leaf of a frozen tree.
-
-        Raises:
-          UserError: it is missing or cannot be read.
-        """
-        import orbax.checkpoint as ocp
-
-        where = self.folder / reference["path"]
-        if not where.exists():
-            raise UserError(f"the frozen tree {where} is missing: copy it there, or start the run anew")
+    def _read(
+        self, step: int, stored: Mapping[str, Any], *, whole: bool
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        """A checkpoint's record and the leaves `stored` of it, with the bits that were saved; broken on all hosts or none."""
+        where, fault = self.folder / str(step), None
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                found = reader.metadata(where).item_metadata.tree
-        # As in `_read`.
-        except Exception as error:
-            raise UserError(f"the frozen tree {where} cannot be read ({type(error).__name__}: {error})") from error
-        return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in found.items()}
-
-    def load_frozen(self, reference: Mapping[str, str], abstract: Any) -> Any:
-        """A frozen tree in the structure and shardings of `abstract`, with the content its reference names.
-
-        Raises:
-          UserError: it is missing or cannot be read, or its content has another hash.
-        """
-        where = self.folder / reference["path"]
-        wanted = named_leaves(abstract)
-        if not where.exists():
-            raise UserError(f"the frozen tree {where} is missing: copy it there, or start the run anew")
-        try:
-            flat = _read(where, {name: plain_abstract(leaf) for name, leaf in wanted.items()})
+            record = self.record(step)
+            compare(record["leaves"], table(stored), where=f"checkpoint {where}", whole=whole)
+            flat = read(where / "arrays", stored)
         except BrokenError as error:
-            raise UserError(f"the frozen tree {where} cannot be restored: {error}") from None
-        digest = content_hash(flat)
-        if digest != reference["hash"]:
-            raise UserError(
-                f"the frozen tree {where} has hash {digest[:12]}, not {reference['hash'][:12]}: not that tree"
-            )
-        leaves = [like_abstract(flat[name], leaf) for name, leaf in wanted.items()]
-        return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+            fault = str(error)
+        if (fault := first_fault(fault, timeout_s=self.timeout_s)) is not None:
+            raise BrokenError(fault)
+        _check_sums(flat, record["leaves"])
+        return record, flat
 
 
-def _read(path: Any, stored: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Named leaves of an Orbax folder, by their abstract form; leaves without elements are made."""
-    import orbax.checkpoint as ocp
-
-    full = {name: leaf for name, leaf in stored.items() if leaf.size}
-    flat = {}
-    if full:
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                restore_args = ocp.checkpoint_utils.construct_restore_args(full)
-                args = ocp.args.PyTreeRestore(item=full, restore_args=restore_args, partial_restore=True)
-                flat = reader.restore(path, args=args)
-        # Orbax and tensorstore raise many kinds for a damaged folder; all of them mean that it cannot be restored.
-        except Exception as error:
-            raise BrokenError(f"its arrays cannot be read ({type(error).__name__}: {str(error)[:300]})") from error
-        absent = sorted(name for name in full if not isinstance(flat.get(name), jax.Array))
-        if absent:
-            raise BrokenError(f"{len(absent)} leaves are missing in it, first {absent[0]!r}")
-    for name, leaf in stored.items():
-        if not leaf.size:
-            flat[name] = jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
-    return flat
+def _check_sums(flat: Mapping[str, jax.Array], leaves: Mapping[str, Any]) -> None:
+    sums = checksums({name: leaf for name, leaf in flat.items() if leaf.size})
+    changed = [name for name, value in sums.items() if value != leaves[name]["checksum"]]
+    if changed:
+        raise BrokenError(f"{len(changed)} leaves are not as they were saved, first {changed[0]!r}")

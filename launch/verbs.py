@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.checkpoints import app as checkpoints
 from launch.tpu_vm.verbs import pods
 from partitioning.errors import UserError
 
@@ -33,6 +34,7 @@ AllowImport = Annotated[
 reading = typer.Typer(help="Look at what a run reads.", no_args_is_help=True)
 app.add_typer(reading, name="data")
 app.add_typer(pods, name="pod")
+app.add_typer(checkpoints, name="checkpoints")
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
 
@@ -91,9 +93,18 @@ def train(
     dump: Annotated[
         bool, typer.Option("--dump", help="Write the compiled step and its memory into OUT/programs.")
     ] = False,
+    hosts: Annotated[int | None, typer.Option(min=1, help="Of several hosts: how many.", show_default=False)] = None,
+    host: Annotated[int | None, typer.Option(min=0, help="Which one this is, from 0.", show_default=False)] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="ADDRESS:PORT", help="Of host 0, as all reach it.", show_default=False)
+    ] = None,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Ask a TPU pod, Slurm or Open MPI for these.")] = False,
+    patience: Annotated[float, typer.Option(min=2, help="Seconds after which a silent host is gone.")] = 30.0,
     allow_import: AllowImport = None,
 ) -> None:
     """Train what a configuration describes; run again, it resumes."""
+    from launch.hosts import Meeting, met
+
     folder = out if out is not None else Path("runs") / Path(_split(arguments)[0][-1]).stem
     _check_folder(folder)
     if dump and debug:
@@ -101,11 +112,14 @@ def train(
     from training.watch import Watch
 
     watch = Watch.of(profile, dump)
-    resolved = _resolve(arguments, allow_import)
-    if dry_run:
-        resolved.value.describe()
-        return
-    resolved.value.train(out=folder, operative=resolved.operative, debug=debug, watch=watch)
+    with met(Meeting(hosts, host, coordinator, cluster, patience)) as others:
+        resolved = _resolve(arguments, allow_import)
+        if others is not None:
+            others.begin_alike(resolved.operative)
+        if dry_run:
+            resolved.value.describe()
+            return
+        resolved.value.train(out=folder, operative=resolved.operative, debug=debug, watch=watch)
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from checkpoints.barrier import barrier
+from checkpoints.lock import held
 from data.prefetch import Prefetch
 from objectives.draws import draws
 from partitioning import UserError
@@ -20,13 +21,14 @@ from training.flops import FlopCount, forward_flops, mfu, mfu_formula, peak_flop
 from training.goodput import Goodput
 from training.hosts import Hosts
 from training.init_from import keep_report
+from training.interrupt import Interrupt
 from training.judging import judged, lines, open_judges, values_of
 from training.metrics import MetricWriter
 from training.plan import Plan, PlannedStage
 from training.programs import keep_programs
 from training.progress import Progress
 from training.run import Run
-from training.screen import say
+from training.screen import console, say
 from training.state import State
 from training.store import Store
 from training.watch import Trace, Watch, dump, dump_memory
@@ -50,19 +52,29 @@ def train(
       The last figures: loss and evaluations.
 
     Raises:
-      UserError: what the plan refuses; a folder that holds another run; too many bad steps in a row.
+      UserError: what the plan refuses; a folder that holds another run, or that another process trains into; too many bad
+        steps in a row.
     """
     # 1. The plan: every check that needs no device memory.
     watch, goodput = Watch() if watch is None else watch, Goodput()
     keep_programs()
     plan = run.plan()
     store = Store(plan, str(out / "checkpoints"))
+    with held(out):
+        return _trained(plan, store, out, operative, debug, watch, goodput)
+
+
+def _trained(
+    plan: Plan, store: Store, out: Path, operative: str, debug: bool, watch: Watch, goodput: Goodput
+) -> dict[str, float]:
+    run = plan.run
 
     # 2. The state: the newest complete checkpoint's, or the initial one.
     log = ControlLog(tuple(run.controllers))
     if store.checkpoints.steps():
         state, saved = store.restore()
         log = ControlLog.restored(tuple(run.controllers), saved)
+        say(f"{out}: goes on from the checkpoint of step {int(state.step)}")
     else:
         initial = plan.initial()
         keep_report(out, initial, say)
@@ -76,7 +88,7 @@ def train(
     with (
         store.checkpoints,
         MetricWriter(out, step=start) as writer,
-        Progress(plan.steps, done=start, checkpoint_every=run.checkpoint_every) as progress,
+        Progress(plan.steps, done=start, checkpoint_every=run.checkpoint_every, console=console()) as progress,
         Interrupt() as interrupt,
         Trace(watch, out) as trace,
         plan.placement.scope(),
@@ -86,6 +98,8 @@ def train(
         remaining = [stage for stage in plan.stages if stage.last > start]
         with goodput("compile"):
             programs = [_debugged(stage) if debug else _compiled(plan, stage, progress.say) for stage in remaining]
+            # Collectives bear less waiting for each other than compilers take: no host begins before all can.
+            barrier("compiled", timeout_s=store.checkpoints.timeout_s)
         if watch.dump and not debug:
             for stage, program in zip(remaining, programs, strict=True):
                 progress.say(f"program written: {dump(program, stage.first, out)}")
@@ -151,7 +165,7 @@ class Loop:
                 before = (step + 1, tokens, out)
                 done = step + 1
                 # Asked once: a request that comes after this is for the next step.
-                self.stopped = self.interrupt.seen
+                self.stopped = self.interrupt.asked(done)
                 last = done == self.plan.steps or self.stopped
                 judge = bool(self.judges) and (done % run.evaluate_every == 0 or last)
                 save = done % run.checkpoint_every == 0 or last
@@ -159,11 +173,10 @@ class Loop:
                     self._read(stage, *before)
                     before = None
                 # Judged before saved: whatever a checkpoint has behind it is on file.
-                if judge:
-                    self.evaluate(done, state)
+                found = self.evaluate(done, state) if judge else {}
                 if save:
                     with self.goodput("checkpoint"):
-                        self.store.save(state, self.log.saved())
+                        self.store.save(state, self.log.saved(), found)
                     self.writer.write(done, self.goodput.figures())
                 if self.stopped:
                     break
@@ -213,7 +226,7 @@ class Loop:
         self.hosts.beat(done)
         self.progress.update(done, loss=self.figures["loss"], tokens=tokens * self.shares)
 
-    def evaluate(self, done: int, state: State) -> None:
+    def evaluate(self, done: int, state: State) -> dict[str, float]:
         """Runs the evaluators, and puts their figures on file and on screen."""
         with self.goodput("evaluation"):
             found = judged(self.judges, values_of(self.plan, state))
@@ -221,27 +234,7 @@ class Loop:
         self.writer.write(done, {f"evaluation/{name}": value for name, value in found.items()})
         for line in lines(found):
             self.progress.say(f"step {done}: {line}")
-
-
-class Interrupt:
-    """Notes a request to stop (SIGTERM), so that the loop can end a step, save and return."""
-
-    seen = False
-
-    def __enter__(self) -> Interrupt:
-        try:
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        except ValueError:
-            # Only the main thread may listen to signals.
-            self._before = None
-        return self
-
-    def _note(self, *_: Any) -> None:
-        self.seen = True
-
-    def __exit__(self, *_: Any) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        return found
 
 
 def step_flops(plan: Plan, stage: PlannedStage) -> FlopCount:

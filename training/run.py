@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from models.trunk import Trunk
 from objectives.base import Objective
@@ -106,6 +106,8 @@ class Run:
       controllers: called every so many steps with reduced statistics.
       checkpoint_every, evaluate_every, log_every: in steps; a checkpoint is always written at the end.
       keep: newest checkpoints kept.
+      keep_best: a figure of the evaluators and whether its smallest or largest value is best, such as
+        `('masked/bits_per_token', 'min')`: of the checkpoints that were judged, the best one stays too.
 
     Raises:
       UserError: neither or both of steps and stages, or a number out of range.
@@ -134,9 +136,12 @@ class Run:
     evaluate_every: Whole = 1000
     log_every: Whole = 10
     keep: Whole = 3
+    keep_best: tuple[str, Literal["min", "max"]] | None = None
 
     def __post_init__(self):
         check_fields(self)
+        if self.keep_best is not None and not self.evaluators:
+            raise UserError("Run.keep_best needs figures: bind training.Run.evaluators")
         if (self.steps is None) == (not self.stages):
             example = "training.Run.steps = 1_000"
             raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -29,7 +30,8 @@ class Store:
 
     def __init__(self, plan: Plan, folder: str):
         self.plan = plan
-        self.checkpoints = Checkpoints(folder, keep=plan.run.keep, every=plan.run.checkpoint_every)
+        run = plan.run
+        self.checkpoints = Checkpoints(folder, keep=run.keep, every=run.checkpoint_every, best=run.keep_best)
         self.names = layer_names(plan.trees.shapes)
         # Through JSON, as the checkpoint has it.
         self.identity = json.loads(json.dumps([stage.reader.identity() for stage in plan.stages]))
@@ -48,10 +50,20 @@ class Store:
         for tree, flat in self.trees(state.frozen).items():
             self.frozen[tree] = self.checkpoints.save_frozen(tree, jax.jit(lambda f: by_index(f, self.names))(flat))
 
-    def save(self, state: State, control: Mapping[str, Any]) -> None:
-        """Writes a checkpoint in the background."""
+    def save(
+        self, state: State, control: Mapping[str, Any], figures: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        """Writes a checkpoint in the background, with what it was judged by.
+
+        Raises:
+          UserError: it was judged, and not by the figure that `keep_best` names.
+        """
+        wanted = self.plan.run.keep_best
+        if wanted is not None and figures and wanted[0] not in figures:
+            raise UserError(f"Run.keep_best: no figure {wanted[0]!r}: use one of {', '.join(sorted(figures))}")
         packages = {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
         metadata = {"data": self.identity, "control": control, "frozen": self.frozen, "versions": packages}
+        metadata |= {"figures": dict(figures)} if figures else {}
         self.checkpoints.save(int(state.step), self._by_index(state.kept()), metadata)
 
     def restore(self) -> tuple[State, dict[str, Any]]:

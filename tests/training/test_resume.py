@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -179,3 +180,33 @@ def test_what_cannot_go_on_says_why(tmp_path):
         tiny("dpo", steps=6).train(out)
     assert json.dumps(record(out, 4)) == kept
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == sorted([*before, "6"])
+
+
+@dataclass(frozen=True)
+class Figures:
+    """An evaluator whose figures are given."""
+
+    values: tuple[float, ...]
+
+    def open(self, **_):
+        """Gives them one after the other."""
+        left = list(self.values)
+        return lambda values: {"figure": left.pop(0)}
+
+
+def test_the_best_checkpoint_stays_beside_the_newest(tmp_path):
+    """Also when the run was stopped in between: figures are in the checkpoints."""
+    how = {"checkpoint_every": 1, "evaluate_every": 1, "keep": 2, "keep_best": ("figure", "min")}
+    with devices(1):
+        tiny("clm", steps=4, evaluators=[Figures((0.5, 0.9, 0.1, 0.4))], **how).train(tmp_path)
+        tiny("clm", steps=6, evaluators=[Figures((float("nan"), 0.6))], **how).train(tmp_path)
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdecimal()) == [3, 5, 6]
+    assert record(tmp_path, 6)["metadata"]["figures"] == {"figure": 0.6}
+
+
+def test_a_best_that_cannot_be(tmp_path):
+    with pytest.raises(UserError, match="keep_best needs figures"):
+        tiny("clm", keep_best=("figure", "min"))
+    run = tiny("clm", evaluators=[Figures((0.5, 0.9, 0.1))], evaluate_every=2, keep_best=("figures", "min"))
+    with devices(1), pytest.raises(UserError, match="no figure 'figures': use one of figure"):
+        run.train(tmp_path)

@@ -1,0 +1,235 @@
+"""A small training on two hosts, hit at a random moment by a fault and started again, many times.
+
+    make chaos; RUNS=20 SEED=700 make chaos
+
+Each run draws a fault, a host and a moment from its seed. It must end in time, say what happened in a line, go on from the
+newest whole checkpoint, and end in the bits of the run that was left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.several import CONFIG, EVERY, STEPS, Several, steps
+
+DAMAGED = ("a truncated file", "a flipped bit", "no newest folder")
+FAULTS = ("kill -9", "SIGTERM", "a full disk", "a folder that vanishes meanwhile", *DAMAGED)
+ROOM = 16_384
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Args:
+      seed: of the run.
+      fault: one of `FAULTS`.
+      host: that it hit.
+      reached: steps on file when all had ended.
+      began: the step that the next start went on from.
+      passed: checkpoints that were there and not gone on from.
+      seconds: from the fault to the end of all hosts.
+    """
+
+    seed: int
+    fault: str
+    host: int
+    reached: int
+    began: int
+    passed: int
+    seconds: float
+
+
+def ended(out: Path) -> tuple[dict, list]:
+    """The last checkpoint's leaves with their checksums, and every step's metrics."""
+    record = json.loads((out / "checkpoints" / str(STEPS) / "metadata" / "metadata").read_text())
+    return record["leaves"], [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def reached(out: Path) -> int:
+    """The last step on file; a line that a kill cut does not count."""
+    try:
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+    except OSError:
+        return 0
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def damage(folder: Path, fault: str, draw: random.Random) -> None:
+    """Harms a checkpoint."""
+    if fault == "no newest folder":
+        shutil.rmtree(folder)
+        return
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+    path = draw.choices(files, [path.stat().st_size for path in files])[0]
+    whole = bytearray(path.read_bytes())
+    if fault == "a truncated file":
+        whole = whole[: draw.randrange(len(whole))]
+    else:
+        whole[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+    path.write_bytes(whole)
+
+
+def hit(run: Several, fault: str, host: int, draw: random.Random) -> float:
+    """Brings the fault about at a moment, waits for all hosts, and checks how they ended; seconds from fault to end."""
+    # Two checkpoints, where one of them is to be harmed.
+    first = 2 * EVERY + 1 if fault in FAULTS[3:] else 0
+    moment = draw.randrange(first, STEPS - 2)
+    run.wait_for(lambda: reached(run.out) >= moment and (moment > 0 or (run.out / ".in_use").exists()))
+    time.sleep(draw.uniform(0, 2.0 if moment == 0 else 0.3))
+    started = reached(run.out) > 0
+    if first:
+        run.wait_for(lambda: len(steps(run.out)) > 1)
+    begin = time.monotonic()
+    other = 1 - host
+    if fault == "kill -9":
+        run.processes[host].send_signal(signal.SIGKILL)
+        statuses = run.end()
+        assert statuses[other] not in (0, -signal.SIGKILL), run.words()
+        assert f"host {host} (" in run.said[other].read_text(), run.words()
+    elif fault == "SIGTERM":
+        run.processes[host].send_signal(signal.SIGTERM)
+        statuses = run.end()
+        assert statuses == [0, 0] or not started, run.words()
+    elif fault == "a full disk":
+        import resource
+
+        resource.prlimit(run.processes[host].pid, resource.RLIMIT_FSIZE, (ROOM, ROOM))
+        statuses = run.end()
+        assert statuses[host] == 2, run.words()
+        assert statuses[other] == 3, run.words()
+        assert re.search(r"no room on the disk|cannot be written", run.said[host].read_text()), run.words()
+    elif fault in DAMAGED:
+        for process in run.processes:
+            process.send_signal(signal.SIGKILL)
+        run.end()
+        damage(run.out / "checkpoints" / str(steps(run.out)[-1]), fault, draw)
+    else:
+        shutil.rmtree(run.out / "checkpoints" / str(steps(run.out)[-1]), ignore_errors=True)
+        run.end()
+    return time.monotonic() - begin
+
+
+def disturbed(seed: int, config: Path, out: Path, whole: tuple[dict, list]) -> Outcome:
+    """One run of the campaign.
+
+    Raises:
+      AssertionError: it hung, lost too much or ended otherwise than the run that was left alone.
+    """
+    draw = random.Random(seed)
+    fault, host = FAULTS[seed % len(FAULTS)], draw.randrange(2)
+    run = Several(config, out, fork=True)
+    seconds = hit(run, fault, host, draw)
+    at, there = reached(out), steps(out)
+    again = Several(config, out, fork=True)
+    assert again.end() == [0, 0], again.words()
+    words = re.search(r"goes on from the checkpoint of step (\d+)", again.said[0].read_text())
+    began = int(words[1]) if words else 0
+    passed = sum(step > began for step in there)
+    assert passed <= (1 if fault in DAMAGED else 0), f"went on from {began} of {there}: {again.words()}"
+    assert ended(out) == whole, again.words()
+    return Outcome(seed, fault, host, at, began, passed, seconds)
+
+
+def campaign(seeds: Sequence[int], say: Callable[[str], None]) -> tuple[list[Outcome], dict[int, str]]:
+    """The run that is left alone, and then the others; Ctrl-C ends it early.
+
+    Returns:
+      What became of the runs that went on as they should, and what was wrong with the others, by seed.
+    """
+    # Before the first fork, and without touching a device.
+    import evaluation  # noqa: F401
+    import training.loop  # noqa: F401
+    from launch import cli, verbs  # noqa: F401
+
+    found: list[Outcome] = []
+    wrong: dict[int, str] = {}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        config = folder / "chaos.gin"
+        config.write_text(CONFIG)
+        alone = Several(config, folder / "alone", fork=True)
+        assert alone.end() == [0, 0], alone.words()
+        whole = ended(folder / "alone")
+        with suppress(KeyboardInterrupt):
+            for seed in seeds:
+                try:
+                    found.append(disturbed(seed, config, folder / str(seed), whole))
+                    say(str(found[-1]))
+                except (AssertionError, OSError) as error:
+                    wrong[seed] = f"{FAULTS[seed % len(FAULTS)]}: {error}"
+                    say(f"seed {seed}: {wrong[seed]}")
+                shutil.rmtree(folder / str(seed), ignore_errors=True)
+    return found, wrong
+
+
+def sample(seeds: Sequence[int]) -> tuple[int, dict[int, str]]:
+    """A few runs, for the test: how many went on as they should, and what was wrong with the others."""
+    found, wrong = campaign(seeds, lambda line: print(line, file=sys.stderr, flush=True))
+    return len(found), wrong
+
+
+def main() -> None:
+    """Runs the campaign and writes the section; RUNS and SEED say how many and from where."""
+    runs, first = int(os.environ.get("RUNS", "100")), int(os.environ.get("SEED", "0"))
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as programs:
+        os.environ.update(one_device(programs))
+        found, wrong = campaign(range(first, first + runs), lambda line: print(line, file=sys.stderr, flush=True))
+    write(found, wrong, first, (time.monotonic() - begin) / 60)
+    if wrong:
+        sys.exit(f"chaos: {len(wrong)} of {len(wrong) + len(found)} runs did not go on as they should: {wrong}")
+
+
+def one_device(programs: str) -> dict[str, str]:
+    """What jax reads when it is imported: a device for each host, and a folder where programs are kept."""
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": programs,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def write(found: list[Outcome], wrong: dict[int, str], first: int, minutes: float) -> None:
+    """The section of the results."""
+    from benchmarks import results
+
+    rows, total = [], len(found) + len(wrong)
+    for fault in FAULTS:
+        of = [outcome for outcome in found if outcome.fault == fault]
+        if of:
+            lost = [max(0, outcome.reached - outcome.began) for outcome in of]
+            rows.append(
+                (
+                    fault,
+                    len(of),
+                    sum(outcome.passed for outcome in of),
+                    f"{sum(lost) / len(lost):.1f}, at most {max(lost)}",
+                    f"{max(outcome.seconds for outcome in of):.0f} s",
+                )
+            )
+    body = f"""
+Runs of {STEPS} steps on two hosts of this machine, a checkpoint every {EVERY} steps, patience of 4 s. Each is hit once, at a
+moment and on a host drawn from its seed, from the time that the hosts have met; then both are started again. Faults take
+turns, `seed mod {len(FAULTS)}`. A harmed checkpoint is the newest, all hosts killed; 'steps lost' were taken, and taken again.
+
+{results.table(("fault", "runs", "checkpoints passed over", "steps lost", "longest from fault to the last host's end"), rows)}
+
+{len(found)} of {total} runs, seeds {first} to {first + total - 1}, {minutes:.0f} minutes: these ended in time, went on from the
+newest whole checkpoint, and ended with the parameters, optimizer state and metrics of the run that was left alone, bit for
+bit. Otherwise: {wrong or "none"}.
+"""
+    results.write("chaos", "Faults", body)

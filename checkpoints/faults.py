@@ -1,0 +1,79 @@
+"""What goes wrong with checkpoints, in one line each: a full disk, a broken folder, a write that failed on one host."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+from partitioning.errors import UserError
+
+POLL_S = 0.005
+_NO_ROOM = ("ENOSPC", "No space left", "EDQUOT", "quota exceeded", "EFBIG", "File too large")
+_NOT_ALLOWED = ("EACCES", "Permission denied", "EROFS", "Read-only file system", "PERMISSION_DENIED")
+
+
+class BrokenError(Exception):
+    """A checkpoint that cannot be restored whole; the message says what is wrong with it."""
+
+
+@contextmanager
+def writing(folder: Any) -> Iterator[None]:
+    """Turns a full or forbidden disk, wherever Orbax met it, into one line.
+
+    Raises:
+      UserError: for these; anything else is raised as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        if any(sign in text for sign in _NO_ROOM):
+            raise UserError(
+                f"{folder}: no room on the disk for the checkpoint; the earlier ones are whole: free some space, or "
+                "keep fewer"
+            ) from error
+        if any(sign in text for sign in _NOT_ALLOWED) or isinstance(error, (NotADirectoryError, FileExistsError)):
+            raise UserError(f"{folder}: cannot be written to: {error}") from error
+        raise
+
+
+class Background:
+    """Hears what Orbax's threads met, which they log with a traceback, and raises it in the thread that waits for them.
+
+    Of several hosts, one whose write failed and one whose write did not wait for each other in different places, and
+    Orbax raises nothing before both have waited for minutes.
+    """
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        logging.getLogger("absl").addFilter(self._hear)
+
+    def _hear(self, record: logging.LogRecord) -> bool:
+        if not record.exc_info or "orbax" not in record.pathname:
+            return True
+        if "async_checkpointer" in record.pathname:
+            self.error = self.error or record.exc_info[1]
+        return False
+
+    def wait(self, manager: Any) -> None:
+        """Waits for the manager's write under way.
+
+        Raises:
+          Exception: what it met.
+        """
+        if jax.process_count() > 1:
+            while manager.is_saving_in_progress():
+                if self.error is not None:
+                    raise self.error
+                time.sleep(POLL_S)
+        manager.wait_until_finished()
+        manager.check_for_errors()
+
+    def close(self) -> None:
+        """Listens no more."""
+        logging.getLogger("absl").removeFilter(self._hear)
