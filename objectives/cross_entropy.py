@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from models.heads import Scores
+from partitioning import ways
 
 
 class TokenLosses(NamedTuple):
@@ -47,7 +48,7 @@ def cross_entropy(
       weight: of each target; carries no gradient.
       smoothing: a, the share of the target's probability that goes to all tokens evenly.
       z: coefficient of the squared normaliser.
-      tokens_per_chunk: about how many targets' logits are held at once.
+      tokens_per_chunk: about how many targets' logits a device holds at once.
     """
     rows, length = targets.shape
     per_row = _per_row(rows, length, tokens_per_chunk)
@@ -58,8 +59,11 @@ def cross_entropy(
 
 
 def _per_row(rows: int, length: int, tokens: int) -> int:
-    """Targets of each row in a chunk: as few chunks as the limit allows, all of one size, with little padding."""
-    most = max(1, min(length, tokens // max(rows, 1)))
+    """Targets of each row in a chunk: as few chunks as the limit allows, all of one size, with little padding.
+
+    The limit is a device's: after every chunk the devices that share the rows add their gradients of the table up.
+    """
+    most = max(1, min(length, tokens * ways("batch") // max(rows, 1)))
     return -(-length // -(-length // most))
 
 
@@ -164,7 +168,7 @@ def in_chunks(
       one: from `[T, D]` and `[T]` arrays to numbers for each target; may hold `[T, vocab]` inside.
       hidden: states at the targets.
       by_target: arrays `[B, K]`.
-      tokens_per_chunk: about how many targets are in one chunk.
+      tokens_per_chunk: about how many targets are in one chunk on one device.
     """
     rows, length = hidden.shape[:2]
     per_row = _per_row(rows, length, tokens_per_chunk)
@@ -184,7 +188,7 @@ def log_probabilities(
     Args:
       scores: hidden states `[B, K, D]`, table and bias.
       targets: token ids.
-      tokens_per_chunk: about how many targets' logits are held at once.
+      tokens_per_chunk: about how many targets' logits a device holds at once.
     """
 
     def one(hidden, target):

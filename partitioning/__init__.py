@@ -20,12 +20,24 @@ if TYPE_CHECKING:
         is_cut,
         on_each_device,
         platform,
+        ways,
     )
 
 _HOMES = {
     "make_mesh": "partitioning.mesh",
     **dict.fromkeys(
-        ("Placement", "Rules", "constrain", "data", "fsdp", "fsdp_tensor", "is_cut", "on_each_device", "platform"),
+        (
+            "Placement",
+            "Rules",
+            "constrain",
+            "data",
+            "fsdp",
+            "fsdp_tensor",
+            "is_cut",
+            "on_each_device",
+            "platform",
+            "ways",
+        ),
         "partitioning.rules",
     ),
 }
@@ -42,6 +54,7 @@ __all__ = [
     "make_mesh",
     "on_each_device",
     "platform",
+    "ways",
 ]
 
 

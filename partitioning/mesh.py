@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from partitioning.axes import MESH_AXES
@@ -15,7 +16,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 
     Args:
       shape: sizes by mesh axis, such as `{"fsdp": -1, "tensor": 2}`; one size may be -1, 'all that is left'.
-        None puts every device on `data`.
+        None puts every device on `data`. Devices of several slices fill `slice`, whether it is named or not.
       devices: the devices to use; all of them by default.
 
     Returns:
@@ -26,6 +27,11 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = dict(shape) if shape else {"data": -1}
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 and shape.setdefault("slice", slices) not in (slices, -1):
+        raise UserError(
+            f"mesh axis 'slice' has size {shape['slice']}, and the devices lie in {slices} slices: use {slices}"
+        )
     for name, size in shape.items():
         if name not in MESH_AXES:
             raise UserError(f"mesh axis {name!r} is unknown: use one of {', '.join(MESH_AXES)}")
@@ -44,5 +50,12 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
             f"mesh sizes {shape} need {fixed} devices, and there are {len(devices)}: change a size, or use -1"
         )
     sizes = [shape.get(name, 1) for name in MESH_AXES]
-    grid = jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(sizes))
-    return grid
+    if slices > 1:
+        if shape["slice"] != slices:
+            raise UserError(f"mesh sizes {shape} spread other axes over {slices} slices: only `slice` may cross them")
+        inside = [1 if name == "slice" else size for name, size in zip(MESH_AXES, sizes, strict=True)]
+        across = [slices if name == "slice" else 1 for name in MESH_AXES]
+        grid = create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    else:
+        grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,8 +52,22 @@ class Rules:
                         )
 
     def place(self, devices: Sequence[jax.Device] | None = None) -> "Placement":
-        """These rules on a mesh of `devices` (all by default)."""
-        return Placement(self, make_mesh(self.mesh, devices))
+        """These rules on a mesh of `devices` (all by default).
+
+        Raises:
+          UserError: what the mesh refuses, or an axis of it that no rule names: it would divide nothing.
+        """
+        mesh = make_mesh(self.mesh, devices)
+        named = {
+            place for chosen in (self.parameters, self.activations) for places in chosen.values() for place in places
+        }
+        for axis, size in mesh.shape.items():
+            if size > 1 and axis not in named:
+                raise UserError(
+                    f"mesh axis {axis!r} of size {size} divides nothing: name it in a rule, such as activations batch or "
+                    f"parameters mlp, or give its devices to another axis"
+                )
+        return Placement(self, mesh)
 
 
 @dataclass(frozen=True)
@@ -167,10 +182,17 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(placement.mesh, spec))
 
 
+def ways(name: str) -> int:
+    """Over how many devices the rules in scope cut activations along a logical axis; 1 outside a scope."""
+    placement = _SCOPE.get()
+    if placement is None:
+        return 1
+    return math.prod(placement.mesh.shape[place] for place in placement.rules.activations.get(name, ()))
+
+
 def is_cut(name: str) -> bool:
     """Whether the rules in scope cut activations along a logical axis over several devices."""
-    placement = _SCOPE.get()
-    return placement is not None and any(placement.mesh.shape[p] > 1 for p in placement.rules.activations.get(name, ()))
+    return ways(name) > 1
 
 
 def on_each_device(function: Callable[..., Any], arrays: Sequence[tuple[jax.Array, Names]]) -> Any:
