@@ -8,6 +8,16 @@ from typing import Any
 from partitioning.chips import PODS, Pod
 from partitioning.errors import UserError
 
+# Without these libtpu asks a cloud machine's metadata who it is, says at length that none answers, and lets one process on
+# a machine compile at a time.
+HERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -45,9 +55,7 @@ class Topology:
         """
         if find_spec("libtpu") is None:
             raise UserError("libtpu, which compiles for TPUs, is not installed: pip install 'palmette[tpu]'")
-        # Without these libtpu asks a cloud machine's metadata who it is, and says at length that none answers.
-        here = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
-        for name, value in (here | {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}).items():
+        for name, value in HERE.items():
             os.environ.setdefault(name, value)
         from jax.experimental import topologies
 
