@@ -10,7 +10,7 @@ RUN ?= runs/quickstart
 # No accelerator is asked for where one is not: tests run on eight fake CPU devices.
 TEST_ENV := JAX_PLATFORMS=cpu
 
-.PHONY: install lint test test-all quickstart bench chaos clean
+.PHONY: install lint test test-all test-pods quickstart bench chaos clean
 
 install: $(STAMP)
 
@@ -27,7 +27,9 @@ lint: $(STAMP)
 	$(BIN)/mypy $(PACKAGES)
 	$(TEST_ENV) $(BIN)/python -m pytest tests/test_house.py
 
+# With libtpu's compiler, and without `transformers`.
 test: lint
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[tpu]'
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m 'not long'
 
 # The long tests too, against `transformers` itself and libtpu's compiler, and the other end of the supported stack: the newest Python with the newest jax.
@@ -38,6 +40,11 @@ test-all: lint
 	$(MAKE) VENV=.venv313 PYTHON=python3.13 install
 	.venv313/bin/python -c 'import jax; assert jax.__version__.startswith("0.12."), f"jax {jax.__version__}, expected 0.12"'
 	$(TEST_ENV) .venv313/bin/python -m pytest -n 2 -m 'not long'
+
+# Every config of configs/pods compiled for its topology: minutes each.
+test-pods: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[tpu]'
+	$(TEST_ENV) $(BIN)/python -m pytest tests/launch/test_plan.py -m long -k pod
 
 quickstart: $(STAMP)
 	$(BIN)/palmette prepare configs/quickstart.gin

@@ -6,6 +6,7 @@ from data.chats import ChatLines, ChatTemplate
 from data.control import ControlEntry
 from data.corpora import PythonCode, PythonDocs, PythonSearch
 from data.derived import PythonChats, PythonLists, PythonPreferences, PythonPrompts
+from data.described import Described
 from data.example_rows import text_batch
 from data.mixing import Mixture, MixtureReader
 from data.prefetch import Prefetch
@@ -26,6 +27,7 @@ __all__ = [
     "ChatLines",
     "ChatTemplate",
     "ControlEntry",
+    "Described",
     "InMemory",
     "JsonLines",
     "JudgedPairs",

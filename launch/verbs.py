@@ -123,6 +123,26 @@ def train(
 
 
 @app.command()
+def plan(
+    arguments: Arguments,
+    topology: Annotated[str, typer.Option(help="TPU chips, such as v5p:8x8x8.", show_default=False)],
+    slices: Annotated[int, typer.Option(min=1, help="How many such slices work together.")] = 1,
+    json: Annotated[Path | None, typer.Option(help="A file for the same figures as JSON.")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Rank meshes, remat policies and micro-batches.")] = False,
+    most: Annotated[int, typer.Option(min=1, help="How many of them --search compiles.")] = 12,
+    allow_import: AllowImport = None,
+) -> None:
+    """Compile a run's step for TPU chips that are not here: memory, FLOPs, collectives, least time."""
+    from launch.plan import asked, planned, ranked
+
+    wanted = asked(*_split(arguments), topology, slices, allow_import or ())
+    if search:
+        ranked(wanted, most=most, out=json)
+    else:
+        planned(wanted, out=json)
+
+
+@app.command()
 def evaluate(run: RunFolder, allow_import: AllowImport = None) -> None:
     """Evaluate a run's newest complete checkpoint as its configuration says."""
     _saved(run, allow_import).value.evaluate(run)

@@ -95,7 +95,7 @@ class Trunk(nnx.Module):
         embedding_norm: bool = False,
         final_norm: bool = True,
         embedding_scale: bool = False,
-        head: Callable[..., Any] | None = None,
+        head: Callable[..., nnx.Module] | None = None,
         vocab_multiple: int = 128,
         dtype: Literal["float32", "bfloat16", "float64"] = "float32",
         scan: bool = True,
@@ -135,8 +135,8 @@ class Trunk(nnx.Module):
             rngs=rngs,
         )
         self.final_norm = norm(width) if final_norm else None
-        make_head = TiedHead if head is None else head
-        self.head = make_head(width, vocabulary, multiple=vocab_multiple, rngs=rngs) if embeddings else None
+        make_head: Any = TiedHead if head is None else head
+        self.head: Any = make_head(width, vocabulary, multiple=vocab_multiple, rngs=rngs) if embeddings else None
 
     def embed(
         self,

@@ -49,7 +49,7 @@ def cross_entropy(
       weight: of each target; carries no gradient.
       smoothing: a, the share of the target's probability that goes to all tokens evenly.
       z: coefficient of the squared normaliser.
-      tokens_per_chunk: about how many targets' logits are held at once.
+      tokens_per_chunk: about how many targets' logits a device holds at once.
     """
     rows, length = targets.shape
     cuts = _cuts(rows, length, tokens_per_chunk)
@@ -67,10 +67,13 @@ class Cuts(NamedTuple):
 
 
 def _cuts(rows: int, length: int, tokens: int) -> Cuts:
-    """As few chunks as the limit allows, all of one size, with little padding."""
+    """As few chunks as the limit allows, all of one size, with little padding.
+
+    The limit is a device's: after every chunk the devices that share the rows add their gradients of the table up.
+    """
     parts = ways("length")
     length = -(-length // parts)
-    most = max(1, min(length, tokens // max(rows * parts, 1)))
+    most = max(1, min(length, tokens * ways("batch") // max(rows, 1)))
     return Cuts(parts, -(-length // -(-length // most)))
 
 
@@ -184,7 +187,7 @@ def in_chunks(
       one: from `[T, D]` and `[T]` arrays to numbers for each target; may hold `[T, vocab]` inside.
       hidden: states at the targets.
       by_target: arrays `[B, K]`.
-      tokens_per_chunk: about how many targets are in one chunk.
+      tokens_per_chunk: about how many targets are in one chunk on one device.
     """
     rows, length = hidden.shape[:2]
     cuts = _cuts(rows, length, tokens_per_chunk)
@@ -204,7 +207,7 @@ def log_probabilities(
     Args:
       scores: hidden states `[B, K, D]`, table and bias.
       targets: token ids.
-      tokens_per_chunk: about how many targets' logits are held at once.
+      tokens_per_chunk: about how many targets' logits a device holds at once.
     """
 
     def one(hidden, target):

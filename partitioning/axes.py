@@ -16,4 +16,5 @@ AXES = (BATCH, LENGTH, EMBED, HEADS, KV, MLP, VOCAB, EXPERT, LAYERS, STATE)
 # A leaf with one of these axes holds many independent layers or experts; optimizers see one of them at a time.
 STACKED = (LAYERS, EXPERT)
 
-MESH_AXES = ("data", "fsdp", "tensor", "expert", "sequence", "slice")
+# Slices come first: the compiler then finds what each of them may do alone.
+MESH_AXES = ("slice", "data", "fsdp", "tensor", "expert", "sequence")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from partitioning.axes import MESH_AXES
@@ -15,7 +16,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 
     Args:
       shape: sizes by mesh axis, such as `{"fsdp": -1, "tensor": 2}`; one size may be -1, 'all that is left'.
-        None puts every device on `data`.
+        None puts every device on `data`. Devices of several slices fill `slice`, whether it is named or not.
       devices: the devices to use; all of them by default. Those of one slice of TPUs stay together along `slice`; devices
         that know of no slices are shared out in order.
 
@@ -28,6 +29,11 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = dict(shape) if shape else {"data": -1}
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 and shape.setdefault("slice", slices) not in (slices, -1):
+        raise UserError(
+            f"mesh axis 'slice' has size {shape['slice']}, and the devices lie in {slices} slices: use {slices}"
+        )
     for name, size in shape.items():
         if name not in MESH_AXES:
             raise UserError(f"mesh axis {name!r} is unknown: use one of {', '.join(MESH_AXES)}")
@@ -45,24 +51,13 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         raise UserError(
             f"mesh sizes {shape} need {fixed} devices, and there are {len(devices)}: change a size, or use -1"
         )
-    sizes = {name: shape.get(name, 1) for name in MESH_AXES}
-    inner = sizes | {"slice": 1}
-    grids = [
-        jax.make_mesh(tuple(inner.values()), MESH_AXES, devices=own, axis_types=(AxisType.Auto,) * len(inner)).devices
-        for own in _by_slice(devices, sizes["slice"])
-    ]
-    grid = np.concatenate(grids, axis=MESH_AXES.index("slice"))
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-
-
-def _by_slice(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:
-    """The devices of each slice, in order."""
-    known = sorted({getattr(device, "slice_index", 0) for device in devices})
-    if len(known) == 1:
-        size = len(devices) // count
-        return [list(devices[i * size : (i + 1) * size]) for i in range(count)]
-    if len(known) != count:
-        raise UserError(
-            f"mesh axis 'slice' has size {count}, and the devices are of {len(known)} slices: use slices = {len(known)}"
-        )
-    return [[device for device in devices if device.slice_index == index] for index in known]
+    sizes = [shape.get(name, 1) for name in MESH_AXES]
+    if slices > 1:
+        if shape["slice"] != slices:
+            raise UserError(f"mesh sizes {shape} spread other axes over {slices} slices: only `slice` may cross them")
+        inside = [1 if name == "slice" else size for name, size in zip(MESH_AXES, sizes, strict=True)]
+        across = [slices if name == "slice" else 1 for name in MESH_AXES]
+        grid = create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    else:
+        grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))

@@ -51,8 +51,22 @@ class Rules:
                         )
 
     def place(self, devices: Sequence[jax.Device] | None = None) -> "Placement":
-        """These rules on a mesh of `devices` (all by default)."""
-        return Placement(self, make_mesh(self.mesh, devices))
+        """These rules on a mesh of `devices` (all by default).
+
+        Raises:
+          UserError: what the mesh refuses, or an axis of it that no rule names: it would divide nothing.
+        """
+        mesh = make_mesh(self.mesh, devices)
+        named = {
+            place for chosen in (self.parameters, self.activations) for places in chosen.values() for place in places
+        }
+        for axis, size in mesh.shape.items():
+            if size > 1 and axis not in named:
+                raise UserError(
+                    f"mesh axis {axis!r} of size {size} divides nothing: name it in a rule, such as activations batch or "
+                    f"parameters mlp, or give its devices to another axis"
+                )
+        return Placement(self, mesh)
 
 
 @dataclass(frozen=True)
@@ -192,7 +206,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def ways(name: str) -> int:
-    """Into how many parts the rules in scope cut activations along a logical axis."""
+    """Over how many devices the rules in scope cut activations along a logical axis; 1 outside a scope."""
     placement = _SCOPE.get()
     if placement is None:
         return 1

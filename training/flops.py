@@ -16,24 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from partitioning.chips import chip_of
 
 CAUSAL_PREFIX = "attention_causal"
-
-# Dense bfloat16 FLOP/s of one device, from the makers' data sheets, by a part of `device_kind` in lower case. The first
-# match counts.
-PEAKS = {
-    "tpu v6": 918e12,
-    "tpu v5 lite": 197e12,
-    "tpu v5e": 197e12,
-    "tpu v5": 459e12,
-    "tpu v4": 275e12,
-    "tpu v3": 123e12,
-    "h200": 989e12,
-    "h100 nvl": 835e12,
-    "h100 pcie": 756e12,
-    "h100": 989e12,
-    "a100": 312e12,
-}
 
 
 @dataclass(frozen=True)
@@ -63,7 +50,21 @@ def forward_flops(function: Callable, *abstract: Any) -> FlopCount:
       function: any traceable function.
       abstract: its arguments, as arrays or `jax.ShapeDtypeStruct`.
     """
-    return _walk(jax.make_jaxpr(function)(*abstract).jaxpr, getattr(function, "__name__", "function"))
+    return _walk(jax.make_jaxpr(function)(*abstract).jaxpr, getattr(function, "__name__", "function"), 0.5)
+
+
+def executed_flops(function: Callable, *abstract: Any, masked: bool = True) -> FlopCount:
+    """FLOPs that one call of `function` computes, what is recomputed included.
+
+    What no result depends on is left out, as a compiler does.
+
+    Args:
+      function, abstract: as in `forward_flops`.
+      masked: whether the masked halves of causal attention count, where they are computed: kernels leave them out.
+    """
+    jaxpr = jax.make_jaxpr(function)(*abstract).jaxpr
+    used, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _walk(used, getattr(function, "__name__", "function"), 1.0 if masked else 0.5)
 
 
 def training_flops(forward: FlopCount) -> FlopCount:
@@ -71,14 +72,15 @@ def training_flops(forward: FlopCount) -> FlopCount:
     return 3.0 * forward
 
 
-def _walk(jaxpr: Any, name: str) -> FlopCount:
+def _walk(jaxpr: Any, name: str, causal: float) -> FlopCount:
+    """FLOPs of a jaxpr inside the function `name`; those of causal attention count `causal` times."""
     total = FlopCount(0.0)
     for equation in jaxpr.eqns:
-        total += _equation(equation, name)
+        total += _equation(equation, name, causal)
     return total
 
 
-def _equation(equation: Any, name: str) -> FlopCount:
+def _equation(equation: Any, name: str, causal: float) -> FlopCount:
     kind, params = equation.primitive.name, equation.params
     shapes: list[tuple[int, ...]] = [getattr(variable.aval, "shape", ()) for variable in equation.invars]
     result = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
@@ -96,25 +98,35 @@ def _equation(equation: Any, name: str) -> FlopCount:
         # cuDNN's attention, query [B, T, N, H] and key [B, S, N, H]: two products. A causal one is halved by its name.
         return FlopCount(4.0 * math.prod(shapes[0]) * shapes[1][1])
     if kind == "scan":
-        return params["length"] * _walk(params["jaxpr"].jaxpr, name)
+        return params["length"] * _walk(params["jaxpr"].jaxpr, name, causal)
     if kind == "while":
         # `fori_loop` between numbers is a scan already: what remains ends by its data.
-        body = _walk(params["body_jaxpr"].jaxpr, name)
+        body = _walk(params["body_jaxpr"].jaxpr, name, causal)
         return body + FlopCount(0.0, (name,) if body.flops else ())
     if kind == "cond":
-        return max((_walk(branch.jaxpr, name) for branch in params["branches"]), key=lambda count: count.flops)
+        return max((_walk(branch.jaxpr, name, causal) for branch in params["branches"]), key=lambda count: count.flops)
     if kind == "shard_map":
         # The axes' name in the equation differs between releases of jax.
         manual = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
         copies = math.prod(params["mesh"].shape[axis] for axis in manual)
-        return copies * _walk(params["jaxpr"], name)
+        return copies * _walk(params["jaxpr"], name, causal)
     if kind == "pallas_call":
-        return math.prod(params["grid_mapping"].grid) * _walk(params["jaxpr"], name)
+        return math.prod(params["grid_mapping"].grid) * _walk(params["jaxpr"], name, causal)
     inner = params.get("name") if kind in ("jit", "pjit") else None
     total = FlopCount(0.0)
     for jaxpr in _inside(params):
-        total += _walk(jaxpr, inner or name)
-    return 0.5 * total if inner and inner.startswith(CAUSAL_PREFIX) else total
+        total += _walk(jaxpr, inner or name, causal)
+    if not (inner and inner.startswith(CAUSAL_PREFIX)):
+        return total
+    # Kernels leave out what is masked.
+    return (0.5 if _calls_kernel(params) else causal) * total
+
+
+def _calls_kernel(params: dict[str, Any]) -> bool:
+    """Whether an equation with these parameters, or one inside it, calls a kernel written for the device."""
+    kernels = ("pallas_call", "dot_product_attention_fwd")
+    equations = [equation for jaxpr in _inside(params) for equation in jaxpr.eqns]
+    return any(e.primitive.name.startswith(kernels) or _calls_kernel(e.params) for e in equations)
 
 
 def _inside(params: dict[str, Any]) -> Iterator[Any]:
@@ -143,10 +155,9 @@ def peak_flops(device: Any = None) -> Peak:
       device: None is the first device.
     """
     device = jax.devices()[0] if device is None else device
-    kind = device.device_kind.lower()
-    for part, flops in PEAKS.items():
-        if part in kind:
-            return Peak(flops, f"{device.device_kind}, dense bfloat16, data sheet")
+    chip = chip_of(device.device_kind)
+    if chip is not None:
+        return Peak(chip.flops, f"{device.device_kind}, dense bfloat16, data sheet")
     return _measured_peak(device)
 
 

@@ -42,7 +42,7 @@ def test_a_slice_has_its_own_devices():
     assert [d.id for d in make_mesh({"slice": 2, "fsdp": -1}).devices[0, :, 0, 0, 0, 1]] == [4, 5, 6, 7]
     chips = [SimpleNamespace(id=i, slice_index=i % 2) for i in range(6)]
     assert [[d.id for d in part] for part in _by_slice(chips, 2)] == [[0, 2, 4], [1, 3, 5]]
-    with pytest.raises(UserError, match=r"'slice' has size 1, and the devices are of 2 slices: use slices = 2"):
+    with pytest.raises(UserError, match=r"'slice' has size 1, and the devices lie in 2 slices: use 2"):
         _by_slice(chips, 1)
 
 

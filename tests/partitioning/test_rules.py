@@ -24,7 +24,7 @@ def test_a_mesh_has_every_axis():
 @pytest.mark.parametrize(
     ("shape", "says"),
     [
-        ({"date": 8}, "'date' is unknown: use one of data, fsdp"),
+        ({"date": 8}, "'date' is unknown: use one of slice, data, fsdp"),
         ({"data": 0}, "size 0"),
         ({"data": -1, "fsdp": -1}, "only one may take"),
         ({"data": 3, "fsdp": -1}, "8 devices cannot be divided"),
