@@ -71,4 +71,5 @@ def _mesh(rest: str, **sizes: int) -> dict[str, int]:
     for name, size in sizes.items():
         if size < 1:
             raise UserError(f"{name} = {size}: expected a number of devices, 1 or more")
-    return {rest: -1} | sizes
+    # Devices that know of several slices fill `slice`; a size would be a demand.
+    return {rest: -1} | {name: size for name, size in sizes.items() if name != "slice" or size > 1}

@@ -1,5 +1,6 @@
 """Each way to cut a run: where parameters and rows go, which devices are a slice, which hosts read the same rows."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import jax
@@ -9,7 +10,6 @@ from jax.sharding import PartitionSpec
 
 from partitioning import Rules, UserError, data, fsdp, fsdp_sequence, fsdp_tensor, make_mesh
 from partitioning.axes import MESH_AXES
-from partitioning.mesh import _by_slice
 from partitioning.presets import table
 from partitioning.rules import Placement
 
@@ -37,13 +37,25 @@ def test_a_size_below_one_is_refused():
         fsdp_sequence(0)
 
 
+@dataclass(frozen=True)
+class Chip:
+    """A device of some slice."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
 def test_a_slice_has_its_own_devices():
     """Devices that know their slice go by it, in whatever order they come; others in order."""
-    assert [d.id for d in make_mesh({"slice": 2, "fsdp": -1}).devices[0, :, 0, 0, 0, 1]] == [4, 5, 6, 7]
-    chips = [SimpleNamespace(id=i, slice_index=i % 2) for i in range(6)]
-    assert [[d.id for d in part] for part in _by_slice(chips, 2)] == [[0, 2, 4], [1, 3, 5]]
-    with pytest.raises(UserError, match=r"'slice' has size 1, and the devices lie in 2 slices: use 2"):
-        _by_slice(chips, 1)
+    assert [d.id for d in make_mesh({"slice": 2, "fsdp": -1}).devices[1].flat] == [4, 5, 6, 7]
+    chips = [Chip(i, i % 2) for i in range(6)]
+    for rules in (fsdp(), fsdp(slices=2)):
+        mesh = make_mesh(rules.mesh, chips)
+        assert [[d.id for d in part.flat] for part in mesh.devices] == [[0, 2, 4], [1, 3, 5]]
+    with pytest.raises(UserError, match=r"'slice' has size 3, and the devices lie in 2 slices: use 2"):
+        make_mesh(fsdp(slices=3).mesh, chips)
 
 
 def shares(hosts, **sizes):

@@ -4,7 +4,7 @@ import pytest
 
 from partitioning import Rules, UserError, make_mesh, topologies
 from partitioning.chips import CHIPS, GIB, PODS, chip_of
-from partitioning.rules import table
+from partitioning.presets import table
 from partitioning.topologies import topology
 
 
