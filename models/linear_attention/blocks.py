@@ -67,4 +67,6 @@ def between(g: Float[Array, "*B C"]) -> Float[Array, "*B C C"]:
     large and it is small."""
     size = g.shape[-1]
     later = jnp.tri(size, k=-1, dtype=bool)
-    return jnp.einsum("it,...tj->...ij", jnp.tri(size, dtype=g.dtype), jnp.where(later, g[..., None], 0), precision="highest")
+    return jnp.einsum(
+        "it,...tj->...ij", jnp.tri(size, dtype=g.dtype), jnp.where(later, g[..., None], 0), precision="highest"
+    )

@@ -55,17 +55,28 @@ def _block(state, part):
 
 
 def unit_lower_inverse(below: Float[Array, "*B C C"]) -> Float[Array, "*B C C"]:
-    """(I + L)^-1 for a strictly lower L, by halves: [[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]].
+    """(I + L)^-1 for a strictly lower L: blocks on the diagonal, inverted, of 1, 2, 4, .. rows, two of which make one by
+    [[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]].
 
     A series in powers of L would be shorter, and in float32 wrong: its terms grow where keys are alike.
     """
     size = below.shape[-1]
-    if size == 1:
-        return jnp.ones_like(below)
-    half = size // 2
-    first, last = unit_lower_inverse(below[..., :half, :half]), unit_lower_inverse(below[..., half:, half:])
-    corner = -last @ below[..., half:, :half] @ first
-    above = jnp.zeros((*below.shape[:-2], half, size - half), below.dtype)
-    return jnp.concatenate(
-        [jnp.concatenate([first, above], axis=-1), jnp.concatenate([corner, last], axis=-1)], axis=-2
-    )
+    whole = 1 << (size - 1).bit_length()
+    lead = below.shape[:-2]
+    below = jnp.pad(below, [(0, 0)] * len(lead) + [(0, whole - size)] * 2)
+    inverse = jnp.ones((*lead, whole, 1, 1), below.dtype)
+    half = 1
+    while half < whole:
+        pairs = below.reshape(*lead, whole // (2 * half), 2, half, whole // (2 * half), 2, half)
+        corner = jnp.moveaxis(jnp.diagonal(pairs[..., 1, :, :, 0, :], axis1=-4, axis2=-2), -1, -3)
+        first, last = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        above = jnp.zeros_like(first)
+        inverse = jnp.concatenate(
+            [
+                jnp.concatenate([first, above], axis=-1),
+                jnp.concatenate([-last @ corner @ first, last], axis=-1),
+            ],
+            axis=-2,
+        )
+        half *= 2
+    return inverse[..., 0, :size, :size]

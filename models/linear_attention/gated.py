@@ -38,11 +38,12 @@ def _block(state, part):
     q, k = (part[name].astype(wide) for name in "qk")
     size = q.shape[3]
     document = jnp.cumsum(part["resets"], axis=-1)[:, None]
-    same = (document[..., :, None] == document[..., None, :]) & jnp.tri(size, dtype=bool)
+    earlier = (document[..., :, None] == document[..., None, :]) & jnp.tri(size, k=-1, dtype=bool)
     long, rest = running(jnp.maximum(part["decay"], LEAST))
     apart = (long[..., :, None, :] - long[..., None, :, :]) + (rest[..., :, None, :] - rest[..., None, :, :])
-    within = jnp.exp(jnp.where(same[..., None], apart, -jnp.inf))
-    until = jnp.where((document == 0)[..., None], jnp.exp(long), 0)
+    # A token's own key has not decayed: left out, its large and opposite parts of the gates' gradients are no noise there.
+    within = jnp.exp(jnp.where(earlier[..., None], apart, -jnp.inf)) + jnp.eye(size, dtype=wide)[..., None]
+    until = jnp.where((document == 0)[..., None], jnp.exp(long) * (1 + rest), 0)
     product = partial(jnp.einsum, preferred_element_type=wide)
     scores = (q[..., :, None, :] * k[..., None, :, :] * within).sum(-1)
     out = product("bhmij,bhmjv->bhmiv", scores.astype(v.dtype), v)
