@@ -1,0 +1,56 @@
+"""Linear attention with one decay a head, by chunks of tokens."""
+
+from functools import partial
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from models.linear_attention.blocks import scanned, weights
+
+
+def decayed(
+    q: Float[Array, "B S H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H V"],
+    log_decay: Float[Array, "#B #S H"],
+    resets: Bool[Array, "B S"],
+    state: Float[Array, "B H K V"],
+    *,
+    chunk: int = 64,
+    chunks: int = 8,
+) -> tuple[Float[Array, "B S H V"], Float[Array, "B H K V"]]:
+    """What `recurrence` computes, with matrix products inside a chunk and a state from chunk to chunk.
+
+    o_i = sum_{j <= i} exp(g_{j+1} + .. + g_i) (q_i . k_j) v_j + exp(g_1 + .. + g_i) S_0^T q_i,  both over i's document only.
+
+    Args:
+      q, k, v: queries, keys and values; float32, bfloat16 or float64.
+      log_decay: g, at most 0, for each token or for all.
+      resets: where a document begins.
+      state: before the first token; float32, or float64 with such inputs.
+      chunk, chunks: tokens of a chunk, and chunks multiplied at once.
+
+    Returns:
+      The outputs in v's type, and the state behind the last token.
+
+    Source: "Lightning Attention-2", Qin et al., 2024.
+    Differs: documents packed in one row, any length, and decays that may differ by token.
+    """
+    decay = jnp.broadcast_to(log_decay, q.shape[:3]).astype(state.dtype)
+    parts = {"q": q, "k": k, "v": v, "decay": decay, "resets": resets}
+    return scanned(_block, state, parts, chunk=chunk, chunks=chunks)
+
+
+def _block(state, part):
+    q, k, v, wide = part["q"], part["k"], part["v"], state.dtype
+    within, until = weights(part["decay"], part["resets"])
+    product = partial(jnp.einsum, preferred_element_type=wide)
+    scores = product("bhmik,bhmjk->bhmij", q, k) * within
+    out = product("bhmij,bhmjv->bhmiv", scores.astype(v.dtype), v)
+    added = product("bhmjk,bhmjv->bhmkv", (k * within[..., -1, :, None]).astype(v.dtype), v)
+    before = []
+    for m in range(q.shape[2]):
+        before.append(state)
+        state = until[:, :, m, -1, None, None] * state + added[:, :, m]
+    carried = product("bhmik,bhmkv->bhmiv", q.astype(wide), jnp.stack(before, axis=2))
+    return state, (out + until[..., None] * carried).astype(v.dtype)

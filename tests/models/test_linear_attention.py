@@ -1,0 +1,201 @@
+"""The chunked forms of linear attention beside the recurrence: outputs, every gradient, the last state."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.linear_attention.decayed import decayed
+from models.linear_attention.delta import delta, unit_lower_inverse
+from models.linear_attention.gated import gated, running
+from models.linear_attention.recurrence import delta_recurrence, recurrence
+
+H, K, V = 2, 3, 4
+# Each chunked form, and the recurrence that it is a form of.
+FORMS = {
+    "decayed": (decayed, lambda q, k, v, g, *rest: recurrence(q, k, v, g[..., None], *rest)),
+    "gated": (gated, recurrence),
+    "delta": (delta, delta_recurrence),
+}
+
+
+def inputs(name, rows, length, *, strength=1.0, seed=0, dtype=np.float64, K=K):
+    """Queries, keys of length 1, values, rates of the delta rule and log decays; then borders and a state."""
+    draw = np.random.default_rng(seed)
+    q, k = draw.standard_normal((2, rows, length, H, K))
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    parts = {"q": q, "k": k, "v": draw.standard_normal((rows, length, H, V))}
+    if name == "delta":
+        parts["rate"] = 2 * draw.random((rows, length, H))
+    parts["log_decay"] = -strength * draw.random((rows, length, H, K) if name == "gated" else (rows, length, H))
+    resets = jnp.asarray(draw.random((rows, length)) < 0.1)
+    state = jnp.asarray(draw.standard_normal((rows, H, K, V)), dtype)
+    return {key: jnp.asarray(value, dtype) for key, value in parts.items()}, resets, state
+
+
+def ordered(parts):
+    """In the order of the forms' arguments; jax hands dicts back sorted."""
+    return [parts[name] for name in ("q", "k", "v", "rate", "log_decay") if name in parts]
+
+
+def results(form, parts, resets, state, seed=1):
+    """Outputs and last state, and the gradients of a random sum of both by every input."""
+    draw = np.random.default_rng(seed)
+    out, last = jax.eval_shape(form, *ordered(parts), resets, state)
+    one, other = (jnp.asarray(draw.standard_normal(x.shape), x.dtype) for x in (out, last))
+
+    def total(parts, state):
+        out, last = form(*ordered(parts), resets, state)
+        return (out * one).sum() + (last * other).sum(), (out, last)
+
+    gradients, values = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(parts, state)
+    return {"out": values[0], "last": values[1], "state": gradients[1], **gradients[0]}
+
+
+def worst(found, right):
+    """The largest error of each, relative to the largest entry."""
+    return {name: float(np.abs(found[name] - x).max() / max(np.abs(x).max(), 1e-12)) for name, x in right.items()}
+
+
+@pytest.fixture
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("length", [1, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 63, 64)), 65, 1000])
+def test_outputs_gradients_and_state_are_the_recurrences(name, length):
+    """In float64, packed with random borders, at any length."""
+    form, step = FORMS[name]
+    given = inputs(name, 2, length)
+    assert max(worst(results(form, *given), results(step, *given)).values()) < 1e-12
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("strength", [0.0, 30.0, 1e4, np.inf])
+def test_no_decay_and_the_strongest(name, strength):
+    """All is kept, or next to nothing, or a gate is shut; everything stays finite."""
+    form, step = FORMS[name]
+    parts, resets, state = inputs(name, 1, 70)
+    decay = parts["log_decay"]
+    parts["log_decay"] = jnp.where(decay < -0.5, -strength, 0) if strength == np.inf else strength * decay
+    found, right = results(form, parts, resets, state), results(step, parts, resets, state)
+    assert all(np.isfinite(x).all() for x in found.values())
+    errors = worst(found, right)
+    if strength == np.inf:
+        # The recurrence's own gradient by a shut gate is 0, as is the chunked one's.
+        assert not found["log_decay"][decay < -0.5].any()
+    assert max(errors.values()) < 1e-12, errors
+
+
+@pytest.mark.usefixtures("_float64")
+@settings(max_examples=6, deadline=None)
+@given(
+    name=st.sampled_from(sorted(FORMS)),
+    length=st.integers(1, 40),
+    chunk=st.sampled_from([1, 3, 8, 16]),
+    chunks=st.sampled_from([1, 2, 5]),
+    cut=st.integers(0, 40),
+    seed=st.integers(0, 1000),
+)
+def test_chunks_and_calls_change_nothing(name, length, chunk, chunks, cut, seed):
+    """Whatever the chunks, and also in two calls with the state handed on."""
+    form, step = FORMS[name]
+    cut = min(cut, length)
+
+    @jax.jit
+    def all_ways(parts, resets, state):
+        first, outs = state, []
+        for piece in (slice(0, cut), slice(cut, length)):
+            if piece.start < piece.stop:
+                here = {key: value[:, piece] for key, value in parts.items()}
+                out, state = form(*ordered(here), resets[:, piece], state, chunk=chunk, chunks=chunks)
+                outs.append(out)
+        whole = form(*ordered(parts), resets, first, chunk=chunk, chunks=chunks)
+        return step(*ordered(parts), resets, first), whole, (jnp.concatenate(outs, axis=1), state)
+
+    right, *others = all_ways(*inputs(name, 1, length, seed=seed))
+    for found in others:
+        for one, other in zip(found, right, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("name", FORMS)
+def test_the_second_document_does_not_see_the_first(name):
+    """Nor the state that came in: outputs and last state are those of the document alone."""
+    form, _ = FORMS[name]
+    parts, _, state = inputs(name, 1, 50)
+    resets = jnp.arange(50)[None] == 21
+    out, last = form(*ordered(parts), resets, state)
+    alone = {key: value[:, 21:] for key, value in parts.items()}
+    expected = form(*ordered(alone), resets[:, 21:], jnp.zeros_like(state))
+    np.testing.assert_allclose(out[:, 21:], expected[0], rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(last, expected[1], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.usefixtures("_float64")
+def test_a_gradient_by_finite_differences():
+    """The gated delta rule's, along a random direction."""
+    parts, resets, state = inputs("delta", 1, 9)
+    total = lambda t: sum(
+        x.sum()
+        for x in delta(*ordered({key: value + t * turn[key] for key, value in parts.items()}), resets, state, chunk=4)
+    )
+    draw = np.random.default_rng(3)
+    turn = {key: jnp.asarray(draw.standard_normal(value.shape)) for key, value in parts.items()}
+    slope, step = jax.jit(jax.grad(total))(0.0), 1e-5
+    by_difference = (total(step) - total(-step)) / (2 * step)
+    np.testing.assert_allclose(slope, by_difference, rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("strength", [0.05, 5.0])
+def test_float32_is_as_exact_as_the_recurrence(name, strength):
+    """Errors against float64 are at most twice those of the recurrence in float32, in every result."""
+    form, step = FORMS[name]
+    with jax.enable_x64(True):
+        parts, resets, state = inputs(name, 2, 300, strength=strength, K=16)
+        parts, state = jax.tree.map(lambda x: x.astype(jnp.float32), (parts, state))
+        right = results(
+            step, *jax.tree.map(lambda x: x.astype(jnp.float64), (parts,)), resets, state.astype(jnp.float64)
+        )
+    rms = lambda found: {n: float(np.sqrt(np.mean((np.float64(found[n]) - x) ** 2))) for n, x in right.items()}
+    found, plain = rms(results(form, parts, resets, state)), rms(results(step, parts, resets, state))
+    assert all(found[n] <= 2 * plain[n] for n in right), {n: found[n] / plain[n] for n in right}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_bfloat16_has_a_float32_state(name):
+    """Outputs are as near to float32's as bfloat16 allows, over a long text that keeps everything."""
+    form, _ = FORMS[name]
+    parts, resets, state = inputs(name, 1, 600, strength=0.01, dtype=np.float32)
+    low = {key: value if key in ("log_decay", "rate") else value.astype(jnp.bfloat16) for key, value in parts.items()}
+    exact = {key: value.astype(jnp.float32) for key, value in low.items()}
+    out, last = jax.jit(form)(*ordered(low), resets, state)
+    right = jax.jit(form)(*ordered(exact), resets, state)
+    assert (out.dtype, last.dtype) == (jnp.bfloat16, jnp.float32)
+    scale = float(np.abs(right[0]).max())
+    assert np.abs(np.float32(out) - right[0]).max() < 0.01 * scale
+    assert np.abs(last - right[1]).max() < 0.01 * float(np.abs(right[1]).max())
+
+
+def test_sums_of_gates_and_inverses():
+    """A long sum's two parts make a short difference exact; the inverse holds where a series in powers would not."""
+    draw = np.random.default_rng(0)
+    g = -np.float32(draw.choice([1e-3, 20.0], size=(16, 1)) * draw.random((16, 1)))
+    long, rest = running(jnp.asarray(g))
+    found = np.float64(long[15] - long[10]) + np.float64(rest[15] - rest[10])
+    exact = np.float64(g[11:16]).sum(0)
+    assert np.abs(found - exact) <= 1e-6 * np.abs(exact)
+    alike = jnp.tril(jnp.ones((32, 32), jnp.float32), -1)
+    np.testing.assert_array_equal(unit_lower_inverse(alike), np.eye(32) - np.eye(32, k=-1))
+    odd = jnp.asarray(np.tril(draw.standard_normal((7, 7)), -1), jnp.float32)
+    np.testing.assert_allclose(unit_lower_inverse(odd) @ (np.eye(7) + odd), np.eye(7), atol=1e-4)
