@@ -53,9 +53,11 @@ class Outcome:
 
 
 def ended(out: Path) -> tuple[dict, list]:
-    """The last checkpoint's leaves with their checksums, and every step's metrics."""
+    """The last checkpoint's leaves with their checksums, and every step's metrics; where the time went is no metric."""
     record = json.loads((out / "checkpoints" / str(STEPS) / "metadata" / "metadata").read_text())
-    return record["leaves"], [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    timeless = [{k: v for k, v in row.items() if not k.startswith(("goodput/", "hosts/"))} for row in rows]
+    return record["leaves"], [row for row in timeless if set(row) != {"step"}]
 
 
 def reached(out: Path) -> int:

@@ -23,7 +23,7 @@ def held(folder: Path) -> Iterator[None]:
     """Keeps a run's folder to this process for the block; of several hosts, the first holds it for all.
 
     The operating system lets go of the lock when the process ends, however it ends, also over NFS: a killed run leaves
-    none behind. The file stays, and says who held it last.
+    none behind. The file stays, and says who held it last; a folder that was made for it and got nothing else is removed.
 
     Args:
       folder: made if it is not there.
@@ -34,6 +34,7 @@ def held(folder: Path) -> Iterator[None]:
     if jax.process_index():
         yield
         return
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / FILE).open("a+", encoding="utf-8") as file:
         try:
@@ -50,4 +51,9 @@ def held(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if made and [path.name for path in folder.iterdir()] == [FILE]:
+                (folder / FILE).unlink()
+                folder.rmdir()
