@@ -2,14 +2,16 @@
 
     python -m benchmarks decode
 
-8 layers, width 512, 8 heads (4 of keys), feed-forward layers of 1,408, 32,000 tokens of vocabulary, tied; the same weights
-on both sides. Prompts of 64 tokens, 128 new ones, none of which ends a row. All prompts are of one length, so that
-`transformers` pays for no padding. A turn is one whole call, prompt included; a step is the time of a call that is not the
-prompt's, over its tokens. At batch 1 the floor is the time to read every weight once a token.
+Large: 8 layers, width 512, 8 heads (4 of keys), feed-forward layers of 1,408, 32,000 tokens of vocabulary, tied. Small: the
+Llama of `families`, 4 layers, width 256, 4 heads (2 of keys), 704, 8,192 tokens. The same weights on both sides. Prompts of 64
+tokens, 128 new ones, none of which ends a row. All prompts are of one length, so that `transformers` pays for no padding. A
+turn is one whole call, prompt included; a step is the time of a call that is not the prompt's, over its tokens. At batch 1
+the floor is the time to read every weight once a token.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import tempfile
@@ -26,25 +28,29 @@ from benchmarks.harness import Contestant, alternate
 
 TARGET = 3.0
 PROMPT, NEW = 64, 128
-SIZES = {"width": 512, "layers": 8, "heads": 8, "kv_heads": 4, "hidden": 1408, "theta": 10_000.0}
-VOCABULARY = 32_000
+SIZES: dict[str, dict[str, Any]] = {
+    "large": {"width": 512, "layers": 8, "heads": 8, "kv_heads": 4, "hidden": 1408, "theta": 10_000.0},
+    "small": {"width": 256, "layers": 4, "heads": 4, "kv_heads": 2, "hidden": 704, "theta": 10_000.0},
+}
+VOCABULARIES = {"large": 32_000, "small": 8192}
 
 
-def prompts(rows: int) -> np.ndarray:
+def prompts(size: str, rows: int) -> np.ndarray:
     """Random ids, `[B, P]`."""
-    return np.random.default_rng(0).integers(6, VOCABULARY, (rows, PROMPT))
+    return np.random.default_rng(0).integers(6, VOCABULARIES[size], (rows, PROMPT))
 
 
-def trunk() -> Any:
+def trunk(size: str) -> Any:
     """Ours, at random."""
     from flax import nnx
 
     from models import Vocabulary, llama
 
-    return llama(Vocabulary(size=VOCABULARY, pad=0, bos=1, eos=2, mask=3, cls=4, sep=5), **SIZES, rngs=nnx.Rngs(0))
+    vocabulary = Vocabulary(size=VOCABULARIES[size], pad=0, bos=1, eos=2, mask=3, cls=4, sep=5)
+    return llama(vocabulary, **SIZES[size], rngs=nnx.Rngs(0))
 
 
-def ours(rows: int) -> tuple[Callable[[], None], dict[str, Any]]:
+def ours(size: str, rows: int) -> tuple[Callable[[], None], dict[str, Any]]:
     """Contestant: one program of prefill and loop."""
     import jax
     import jax.numpy as jnp
@@ -52,8 +58,8 @@ def ours(rows: int) -> tuple[Callable[[], None], dict[str, Any]]:
 
     from models.decoding import Greedy, Prompts, Stop, TrunkDecoder, generate, unrolled
 
-    graph, state = nnx.split(unrolled(trunk()))
-    given = Prompts(jnp.asarray(prompts(rows), jnp.int32), jnp.ones((rows, PROMPT), jnp.int32))
+    graph, state = nnx.split(unrolled(trunk(size)))
+    given = Prompts(jnp.asarray(prompts(size, rows), jnp.int32), jnp.ones((rows, PROMPT), jnp.int32))
     keys = jax.random.split(jax.random.key(0), rows)
 
     def run(state: Any, given: Any, length: int) -> Any:
@@ -78,7 +84,7 @@ def ours(rows: int) -> tuple[Callable[[], None], dict[str, Any]]:
     return turn, facts
 
 
-def theirs(rows: int) -> tuple[Callable[[], None], dict[str, Any]]:
+def theirs(size: str, rows: int) -> tuple[Callable[[], None], dict[str, Any]]:
     """Contestant: `transformers.generate` with its cache, from the weights that ours exports."""
     import torch
     import transformers
@@ -89,12 +95,12 @@ def theirs(rows: int) -> tuple[Callable[[], None], dict[str, Any]]:
     from models.variables import flatten
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    made = trunk()
+    made = trunk(size)
     values = {name: np.asarray(value) for name, value in unstack(flatten(made, nnx.Param)).items()}
     with tempfile.TemporaryDirectory() as folder:
         export(Path(folder) / "model", made, values)
         model = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model").float().eval()
-    given = torch.tensor(prompts(rows))
+    given = torch.tensor(prompts(size, rows))
     how = {"attention_mask": torch.ones_like(given), "do_sample": False, "min_new_tokens": NEW, "max_new_tokens": NEW}
 
     def run() -> Any:
@@ -110,8 +116,10 @@ def theirs(rows: int) -> tuple[Callable[[], None], dict[str, Any]]:
 def main() -> None:
     """Measures and writes the section."""
     rows = []
-    for batch in (1, 16):
-        mine, other = (Contestant(f"{side} {batch}", __name__, side, rows=batch) for side in ("ours", "theirs"))
+    for size, batch in itertools.product(SIZES, (1, 16)):
+        mine, other = (
+            Contestant(f"{side} {size} {batch}", __name__, side, size=size, rows=batch) for side in ("ours", "theirs")
+        )
         found = alternate([mine, other], wanted=5, times=1)
         low, high = found.ratios(other.name, mine.name)
         speed = lambda c, found=found, batch=batch: f"{batch * NEW / found.seconds(c.name):.0f}"
@@ -119,6 +127,7 @@ def main() -> None:
         step = (found.seconds(mine.name) - mine.facts["prefill"]) / (NEW - 1)
         rows.append(
             (
+                size,
                 batch,
                 speed(mine),
                 speed(other),
@@ -129,7 +138,17 @@ def main() -> None:
                 found.note(),
             )
         )
-    head = ("batch", "ours", "`transformers`", "ratio", "ms a step", "GB/s of weights", "tokens alike", "rounds")
+    head = (
+        "model",
+        "batch",
+        "ours",
+        "`transformers`",
+        "ratio",
+        "ms a step",
+        "GB/s of weights",
+        "tokens alike",
+        "rounds",
+    )
     body = "\n".join(
         [
             (__doc__ or "").split("\n\n")[-1].strip(),

@@ -126,7 +126,8 @@ class Pod:
 
     def start(self) -> Command:
         """Starts the run on every worker, and leaves it."""
-        run = shlex.join([".venv/bin/palmette", "train", *self.run])
+        # The workers find each other by what the cloud tells each of them.
+        run = shlex.join([".venv/bin/palmette", "train", *self.run, "--cluster"])
         return self.everywhere(START.format(log=LOG, run=shlex.quote(f"{run}; echo exit $?")))
 
     def log(self) -> Command:
