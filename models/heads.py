@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +19,9 @@ from models.linear import linear
 from models.norms import LayerNorm
 from models.variables import param
 from models.vocabulary import Vocabulary
+
+# Up to so many states the table comes first in the product: as the second side XLA for CPU would pack it anew for them.
+FEW = 64
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +46,11 @@ class Scores:
     def logits(self) -> Float[Array, "*B size"]:
         """All scores, in float32 at least."""
         wide = jnp.promote_types(self.hidden.dtype, jnp.float32)
-        logits = jnp.einsum("...d,vd->...v", self.hidden, self.table, preferred_element_type=wide)
+        product = partial(jnp.einsum, preferred_element_type=wide)
+        if math.prod(self.hidden.shape[:-1]) <= FEW:
+            logits = jnp.moveaxis(product("vd,...d->v...", self.table, self.hidden), 0, -1)
+        else:
+            logits = product("...d,vd->...v", self.hidden, self.table)
         logits = logits if self.bias is None else logits + self.bias
         return logits[..., : self.size]
 

@@ -26,6 +26,11 @@ PUBLISHED = {
     "t5_1_1_base": (32_128, 248),
     "llama_1b": (128_256, 1_236),
     "qwen3_0_6b": (151_936, 596),
+    "llama_3_8b": (128_256, 8_030),
+    "llama_3_70b": (128_256, 70_554),
+    "mistral_7b": (32_000, 7_242),
+    "xlm_r_xl": (250_880, 3_480),
+    "xlm_r_xxl": (250_880, 10_700),
 }
 REST = """
 from __gin__ import dynamic_registration
@@ -54,7 +59,7 @@ def test_parameters_are_those_of_the_paper(name, tmp_path):
 
 
 def test_every_part_of_a_published_size_is_counted():
-    assert {path.stem for path in PARTS.glob("*.gin")} == {"small", "small_t5", "hundred_steps", *PUBLISHED}
+    assert {path.stem for path in PARTS.glob("*.gin")} == {"small", "small_t5", "hundred_steps", "pod", *PUBLISHED}
 
 
 def test_weights_begin_as_published():

@@ -146,7 +146,7 @@ def test_retromae_shows_its_decoder_the_first_place_and_a_share_of_the_others():
 
     rows = table()
     trunk = Lookup(rows)
-    trunk.embed = lambda tokens, positions: rows[tokens]
+    trunk.embed = lambda tokens, positions, *, segments: rows[tokens]
     objective(Models({"trunk": trunk, "decoder": decoder}), batch, step=0, key=key_of(batch))
     visible, positions = asked["mask"], np.asarray(batch["positions"])
     first = np.broadcast_to(positions[:, None, :] == 0, visible.shape)
