@@ -221,7 +221,7 @@ def test_the_start_script_on_a_worker(tmp_path):
     subprocess.run(["tail", "--pid", (tmp_path / "palmette.pid").read_text().strip(), "-f", "/dev/null"], timeout=20)
     log = (tmp_path / "palmette.log").read_text().splitlines()
     words = tomllib.loads(EXAMPLE.read_text())["run"]
-    assert log == ["starting", "<train>", *(f"<{word}>" for word in words), "exit 3"]
+    assert log == ["starting", "<train>", *(f"<{word}>" for word in words), "<--cluster>", "exit 3"]
     assert shell(script).returncode == 0
 
 
