@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+# What another thread runs, such as the sparse cores, says so behind its end.
+_END = re.compile(r"^\}(, execution_thread=\"[^\"]*\")?$")
 _LINE = re.compile(r"^  (ROOT )?%?[\w.\-]+ = ")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|called_computations|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
@@ -200,7 +202,7 @@ def parse(text: str) -> Program:
             if head:
                 here = computations[head[2]] = Computation(head[2])
                 entry = head[2] if head[1] else entry
-        elif line == "}":
+        elif _END.match(line):
             here = None
         elif _LINE.match(line):
             # Other lines go on with a kernel's own text.

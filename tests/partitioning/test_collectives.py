@@ -201,3 +201,27 @@ def test_traffic_counts_slices_as_slices_and_near_memory_as_nothing():
         "  ROOT %y = f32[1,8]{1,0} cosine(%near)\n}\n"
     )
     assert traffic(parse(fusion + entry)) == (8 + 8) * FLOAT + 8 * FLOAT + 8 * FLOAT
+
+
+def test_what_another_thread_runs_ends_where_it_ends():
+    """Sparse cores name their thread behind the brace; the computations that follow are read too."""
+    text = """HloModule m
+
+%gathered (x: f32[8]) -> f32[8] {
+  ROOT %x = f32[8]{0} parameter(0)
+}, execution_thread="sparsecore"
+
+%fused (y: f32[8]) -> f32[8] {
+  ROOT %y = f32[8]{0} parameter(0)
+}
+
+ENTRY %main (z: f32[8]) -> f32[8] {
+  %z = f32[8]{0} parameter(0)
+  ROOT %out = f32[8]{0} fusion(%z), kind=kLoop, calls=%fused
+}
+"""
+    assert {name: list(c.instructions) for name, c in parse(text).computations.items()} == {
+        "gathered": ["x"],
+        "fused": ["y"],
+        "main": ["z", "out"],
+    }
