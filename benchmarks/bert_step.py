@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks import results
 from benchmarks.harness import Contestant, alternate
-from benchmarks.runs import bert
+from benchmarks.runs import bert, stepping
 
 TARGET = 0.8
 RATE = 1e-4
@@ -27,25 +27,10 @@ RATE = 1e-4
 
 def ours(unroll: int) -> tuple[Callable[[], None], dict[str, Any]]:
     """Contestant: a step of the run, placement of its batch included."""
-    import jax
-
     from training.loop import step_flops
 
-    plan = bert(unroll=unroll).plan()
-    stage = plan.stages[0]
-    program, held = plan.compile(stage), [plan.init()]
-    batches = [stage.reader.batch(i, batch_size=32, length=128) for i in range(4)]
-    count = iter(range(1 << 40))
-
-    def turn() -> None:
-        held[0], out = program(held[0], plan.put(stage, batches[next(count) % 4]))
-        jax.block_until_ready((held[0], out))
-
-    facts = {
-        "flops": step_flops(plan, stage).flops,
-        "temporary": program.memory_analysis().temp_size_in_bytes,
-    }
-    return turn, facts
+    turn, plan, facts = stepping(bert(unroll=unroll))
+    return turn, facts | {"flops": step_flops(plan, plan.stages[0]).flops}
 
 
 def theirs(gathered: bool) -> tuple[Callable[[], None], dict[str, Any]]:

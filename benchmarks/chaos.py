@@ -8,6 +8,7 @@ newest whole checkpoint, and end in the bits of the run that was left alone.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -152,9 +153,8 @@ def campaign(seeds: Sequence[int], say: Callable[[str], None]) -> tuple[list[Out
       What became of the runs that went on as they should, and what was wrong with the others, by seed.
     """
     # Before the first fork, and without touching a device.
-    import evaluation  # noqa: F401
-    import training.loop  # noqa: F401
-    from launch import cli, verbs  # noqa: F401
+    for module in ("evaluation", "training.loop", "launch.cli", "launch.verbs"):
+        importlib.import_module(module)
 
     found: list[Outcome] = []
     wrong: dict[int, str] = {}

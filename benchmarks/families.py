@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks import results
 from benchmarks.harness import Contestant, alternate
-from benchmarks.runs import RandomPairs, RandomText
+from benchmarks.runs import RandomPairs, RandomText, stepping
 
 TARGET = 0.9
 RATE = 1e-4
@@ -59,22 +59,10 @@ def run(family: str) -> Any:
 
 def ours(family: str) -> tuple[Callable[[], None], dict[str, Any]]:
     """Contestant: a step of the run, placement of its batch included."""
-    import jax
-
     from training.loop import step_flops
 
-    plan, (rows, length) = run(family).plan(), SHAPES[family]
-    stage = plan.stages[0]
-    program, held = plan.compile(stage), [plan.init()]
-    batches = [stage.reader.batch(i, batch_size=rows, length=length) for i in range(4)]
-    count = iter(range(1 << 40))
-
-    def turn() -> None:
-        held[0], out = program(held[0], plan.put(stage, batches[next(count) % 4]))
-        jax.block_until_ready((held[0], out))
-
-    facts = {"flops": step_flops(plan, stage).flops, "parameters": sum(x.size for x in held[0].params.values())}
-    return turn, facts
+    turn, plan, facts = stepping(run(family))
+    return turn, facts | {"flops": step_flops(plan, plan.stages[0]).flops}
 
 
 def theirs(family: str) -> tuple[Callable[[], None], dict[str, Any]]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks import results
 from benchmarks.harness import Contestant, alternate
-from benchmarks.runs import RandomText
+from benchmarks.runs import RandomText, stepping
 
 # Both processes share the card.
 SHARED = {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -65,7 +65,7 @@ def ours(family: str, remat: str) -> tuple[Callable[[], None], dict[str, Any]]:
         trunk=partial(Trunk, dtype="bfloat16", remat=remat),
     )
     rows, length = SHAPES[family]
-    plan = Run(
+    run = Run(
         model=model,
         data=RandomText(VOCABULARIES[family]),
         objective=CausalLM() if family == "Llama" else MaskedLM(),
@@ -73,23 +73,10 @@ def ours(family: str, remat: str) -> tuple[Callable[[], None], dict[str, Any]]:
         batch_size=rows,
         length=length,
         optimizer=AdamW(learning_rate=RATE, weight_decay=0.01),
-    ).plan()
-    stage = plan.stages[0]
-    program, held = plan.compile(stage), [plan.init()]
-    batches = [stage.reader.batch(i, batch_size=rows, length=length) for i in range(4)]
-    count = iter(range(1 << 40))
-
-    def turn() -> None:
-        held[0], out = program(held[0], plan.put(stage, batches[next(count) % 4]))
-        jax.block_until_ready((held[0], out))
-
-    peak = peak_flops()
-    facts = {
-        "card": jax.devices()[0].device_kind,
-        "parameters": sum(x.size for x in held[0].params.values()),
-        "one_second": mfu(step_flops(plan, stage), 1.0, devices=1, peak=peak).value,
-    }
-    return turn, facts
+    )
+    turn, plan, facts = stepping(run)
+    one_second = mfu(step_flops(plan, plan.stages[0]), 1.0, devices=1, peak=peak_flops()).value
+    return turn, facts | {"card": jax.devices()[0].device_kind, "one_second": one_second}
 
 
 def theirs(family: str) -> tuple[Callable[[], None], dict[str, Any]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+import jax
 import numpy as np
 
 from data.tokenizers import Specials
@@ -15,6 +17,7 @@ from models import Attention, FeedForward, LayerNorm, LearnedPositions, TiedHead
 from objectives import MaskedLM, RandomTokens
 from training import Run
 from training.optimizers import AdamW
+from training.plan import Plan
 
 SPECIALS = Specials(pad=0, bos=1, eos=2, mask=3, cls=4, sep=5)
 
@@ -128,3 +131,23 @@ def bert(
         optimizer=AdamW(learning_rate=1e-4, weight_decay=weight_decay),
         clip=clip,
     )
+
+
+def stepping(run: Run) -> tuple[Callable[[], None], Plan, dict[str, int]]:
+    """A turn that is a step of a run's first stage, placement of its batch included; the plan; and what the program takes.
+
+    Returns:
+      The turn, the plan, and `temporary` bytes and `parameters`.
+    """
+    plan = run.plan()
+    stage = plan.stages[0]
+    program, held = plan.compile(stage), [plan.init()]
+    batches = [stage.reader.batch(i, batch_size=run.batch_size, length=run.length) for i in range(4)]
+    count = itertools.count()
+
+    def turn() -> None:
+        held[0], out = program(held[0], plan.put(stage, batches[next(count) % 4]))
+        jax.block_until_ready((held[0], out))
+
+    parameters = sum(x.size for x in held[0].params.values())
+    return turn, plan, {"temporary": program.memory_analysis().temp_size_in_bytes, "parameters": parameters}

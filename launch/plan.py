@@ -204,7 +204,8 @@ def summed(one: "Forecast") -> list[tuple[str, str, str, float, float]]:
         row = rows.setdefault((each.kind, " + ".join(each.axes), "DCN" if each.crosses else "ICI"), [0.0, 0.0])
         row[0] += each.count
         row[1] += each.bytes
-    return sorted(((*key, *row) for key, row in rows.items()), key=lambda r: -r[-1])  # type: ignore[misc]
+    joined = [(*key, count, total) for key, (count, total) in rows.items()]
+    return sorted(joined, key=lambda row: -row[-1])
 
 
 def as_json(one: "Forecast") -> dict[str, Any]:

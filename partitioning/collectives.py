@@ -14,6 +14,12 @@ from partitioning.topologies import Topology
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
+# Axes of a mesh, all of each: one in parts (`'x':(1)2`) is another notation.
+_BY_AXES = re.compile(
+    r"replica_groups=mesh\[(?P<sizes>[^\]]*)\]"
+    r"(?:, device_ids=\(\[(?P<extents>[\d,]+)\](?:T\((?P<turn>[\d,]+)\))?\))? \{(?P<over>[^:}]*)\}"
+)
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -91,24 +97,46 @@ def _starts(computation: Computation) -> bool:
     return any('custom_call_target="AsyncCollectiveStart"' in one.rest for one in computation)
 
 
+def groups(attributes: str, devices: int) -> Any:
+    """The groups [G, N] that a collective joins, as the numbers that its program gives devices.
+
+    Args:
+      attributes: of the instruction, as written; groups may be lists, a numbered grid, or axes of a mesh.
+      devices: how many the program counts; without groups all of them are one.
+
+    Raises:
+      ValueError: groups in a notation that is not known here.
+    """
+    numbers = lambda text: [int(n) for n in text.split(",")]
+
+    def grid(extents, turn):
+        order = np.arange(devices).reshape(extents)
+        return order.transpose(numbers(turn)) if turn else order
+
+    if found := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
+        # Those whose ends differ say along which axes the arrays move.
+        pairs = [numbers(pair) for pair in re.findall(r"\{?(\d+,\d+)\}?", found[1])]
+        return np.asarray([pair for pair in pairs if pair[0] != pair[1]] or pairs[:1])
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        return grid(numbers(found[2]), found[3]).reshape(numbers(found[1]))
+    if found := _BY_AXES.search(attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found["sizes"])}
+        over = re.findall(r"'(\w+)'", found["over"])
+        order = grid(numbers(found["extents"]) if found["extents"] else [devices], found["turn"])
+        order = order.reshape(list(sizes.values()))
+        order = np.moveaxis(order, [list(sizes).index(name) for name in over], range(-len(over), 0))
+        return order.reshape(-1, int(np.prod([sizes[name] for name in over])))
+    if found := re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", attributes):
+        return np.asarray([numbers(group) for group in re.findall(r"\{([\d,]+)\}", found[1])])
+    if re.search(r"replica_groups=(?!\{\{?\}\}?)", attributes):
+        raise ValueError(f"groups in a notation that is not known: {attributes[:200]}")
+    return np.arange(devices)[None]
+
+
 def _groups(one: Instruction, mesh: Mesh) -> Any:
     """Groups [G, N] of devices, as indices into the mesh's devices."""
-    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", one.rest)
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", one.rest)
-    lists = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", one.rest)
-    numbers = lambda text: [int(n) for n in text.split(",")]
-    if pairs:
-        # Those whose ends differ say along which axes the arrays move.
-        found = [numbers(pair) for pair in re.findall(r"\{?(\d+,\d+)\}?", pairs[1])]
-        groups = np.asarray([pair for pair in found if pair[0] != pair[1]] or found[:1])
-    elif iota:
-        order = np.arange(int(np.prod(numbers(iota[2])))).reshape(numbers(iota[2]))
-        groups = (order.transpose(numbers(iota[3])) if iota[3] else order).reshape(numbers(iota[1]))
-    elif lists and lists[1]:
-        groups = np.asarray([numbers(group) for group in re.findall(r"\{([\d,]+)\}", lists[1])])
-    else:
-        groups = _here(mesh)[None]
-    return _here(mesh)[groups] if "slice" in mesh.shape else groups
+    here = _here(mesh)
+    return here[groups(one.rest, len(here))]
 
 
 def _here(mesh: Mesh) -> Any:

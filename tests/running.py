@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -126,3 +130,28 @@ def assert_same_end(whole: Path, resumed: Path, last: int) -> None:
     """The last checkpoints agree in every leaf's bits and in the control log, the metrics in every step."""
     assert record(whole, last) == record(resumed, last)
     assert metrics(whole) == metrics(resumed)
+
+
+def on_hosts(script: str, out: Path, hosts: int) -> None:
+    """Runs a script of tests/training as so many hosts of one run: processes that meet over loopback."""
+    tests = Path(__file__).parent
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    path = os.pathsep.join(map(str, (tests.parent, tests, tests / "training")))
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(tests / "training" / script), str(host), str(hosts), port, str(out)],
+            env=os.environ | {"PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for host in range(hosts)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * hosts, "\n".join(said)

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from launch import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PODS = sorted((ROOT / "configs" / "pods").glob("*.gin"))
-COMPILES = pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the extra tpu, which `make test` installs")
 
 SMALL = """
 from __gin__ import dynamic_registration
@@ -61,7 +59,6 @@ def palmette(*arguments):
     )
 
 
-@COMPILES
 def test_a_small_run_is_planned_and_said_twice(small, tmp_path):
     run = palmette(small, "--topology", "v5e:2x2", "--json", tmp_path / "plan.json")
     assert (run.returncode, run.stderr) == (0, "")
@@ -82,7 +79,6 @@ def test_a_small_run_is_planned_and_said_twice(small, tmp_path):
         assert words in run.stdout
 
 
-@COMPILES
 @pytest.mark.long
 def test_between_slices_only_gradients_go(small, tmp_path):
     """What crosses is summed, no more than the gradients in float32 and some numbers to report."""
@@ -96,7 +92,6 @@ def test_between_slices_only_gradients_go(small, tmp_path):
     assert found["roofline"]["dcn"] > 0
 
 
-@COMPILES
 @pytest.mark.long
 def test_what_does_not_fit_says_why_and_what_would(small):
     big = ("Trunk.width = 1024", "Attention.heads = 8", "Run.batch_size = 256", "Run.length = 1024", "Trunk.layers = 4")
@@ -110,7 +105,6 @@ def test_what_does_not_fit_says_why_and_what_would(small):
     assert "none of" not in line
 
 
-@COMPILES
 @pytest.mark.long
 def test_search_ranks_by_the_least_time(small, tmp_path):
     run = palmette(small, "--topology", "v5e:2x2", "--search", "--most", 3, "--json", tmp_path / "plan.json")
@@ -120,7 +114,6 @@ def test_search_ranks_by_the_least_time(small, tmp_path):
     assert times == sorted(times)
 
 
-@COMPILES
 @pytest.mark.long
 @pytest.mark.parametrize("path", PODS, ids=lambda path: f"pod-{path.stem}")
 def test_a_pod_config_fits_where_its_header_says(path, tmp_path):
@@ -149,7 +142,6 @@ def test_what_is_asked_wrongly_is_refused_in_one_line(arguments, says, capsys):
     assert len(error.splitlines()) == 1
 
 
-@COMPILES
 @pytest.mark.parametrize(
     ("override", "says"),
     [

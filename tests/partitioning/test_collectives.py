@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from partitioning import make_mesh
-from partitioning.collectives import Collective, collectives, seconds
+from partitioning.collectives import Collective, collectives, groups, seconds
 from partitioning.hlo import leaves, parse
 from partitioning.topologies import topology
 from partitioning.traffic import traffic
@@ -65,7 +64,6 @@ def test_programs_for_tpus_send_what_was_written(name, mesh, known):
     assert sent((TESTS / "partitioning" / "programs" / f"{name}.hlo").read_text(), mesh) == known
 
 
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the extra tpu, which `make test` installs")
 @pytest.mark.parametrize(("name", "known"), [("scan", SCAN), ("slices", SLICES)])
 def test_so_do_those_that_the_installed_compiler_makes(name, known):
     place = {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])}
@@ -110,7 +108,7 @@ def program(*lines):
 
 
 @pytest.mark.parametrize(
-    ("groups", "axes"),
+    ("written", "axes"),
     [
         ("[2,4]<=[8]", ("tensor", "expert")),
         ("[4,2]<=[2,4]T(1,0)", ("fsdp",)),
@@ -120,11 +118,19 @@ def program(*lines):
         ("{{0,4},{1,5},{2,6},{3,7}}", ("fsdp",)),
         ("{{0,2},{1,3},{4,6},{5,7}}", ("tensor",)),
         ("{}", ("fsdp", "tensor", "expert")),
+        # As newer compilers write them, with the devices as they are or in another order.
+        ("mesh['fsdp'=2,'tensor'=2,'expert'=2] {'tensor'}", ("tensor",)),
+        ("mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'b'}", ("fsdp", "expert")),
     ],
 )
-def test_groups_are_found_along_their_axes(groups, axes):
-    text = program(f"ROOT %y = f32[8]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%add")
+def test_groups_are_found_along_their_axes(written, axes):
+    text = program(f"ROOT %y = f32[8]{{0}} all-reduce(%x), channel_id=1, replica_groups={written}, to_apply=%add")
     assert sent(text, mesh_of(fsdp=2, tensor=2, expert=2)) == {("all-reduce", axes, 8 * FLOAT, 1)}
+
+
+def test_groups_in_an_unknown_notation_are_no_guess():
+    with pytest.raises(ValueError, match="groups in a notation that is not known"):
+        groups("replica_groups=mesh['x'=8] {'x':(1)2}, to_apply=%add", 8)
 
 
 def test_pairs_count_once_and_a_group_of_one_not_at_all():

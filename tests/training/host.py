@@ -21,11 +21,16 @@ from training.ema import Ema
 TEXTS = [f"{i} quick brown foxes jump over {i * i} lazy dogs"[: 8 + i % 30] for i in range(60)]
 
 
-def main(host: int, hosts: int, port: int, out: str) -> None:
-    """Joins the others and trains; what is imported above touches no device."""
+def join(host: int, hosts: int, port: int) -> None:
+    """Joins the others, with a share of eight devices; what is imported above touches none."""
     jax.config.update("jax_num_cpu_devices", 8 // hosts)
     if hosts > 1:
         jax.distributed.initialize(f"localhost:{port}", hosts, host)
+
+
+def main(host: int, hosts: int, port: int, out: str) -> None:
+    """Joins the others and trains."""
+    join(host, hosts, port)
     tiny(
         model=EXPERTS,
         data=Records(examples=[{"text": text} for text in TEXTS]),

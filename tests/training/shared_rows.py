@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import sys
 
-import jax
-from host import TEXTS
+from host import TEXTS, join
 from running import tiny
 
 from data import Records
@@ -20,9 +19,7 @@ from partitioning import fsdp_sequence
 
 def main(host: int, hosts: int, port: int, out: str) -> None:
     """Joins the others and trains."""
-    jax.config.update("jax_num_cpu_devices", 8 // hosts)
-    if hosts > 1:
-        jax.distributed.initialize(f"localhost:{port}", hosts, host)
+    join(host, hosts, port)
     tiny(
         data=Records(examples=[{"text": text} for text in TEXTS]),
         objective=MaskedLM(),

@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-from running import assert_same_end, killed_after, metrics, record
-
-TESTS = Path(__file__).parents[1]
+from running import assert_same_end, killed_after, metrics, on_hosts, record
 
 
 def train(out, hosts):
     """Trains into `out`, or goes on with it, on so many hosts."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    command = lambda host: [
-        sys.executable,
-        str(Path(__file__).with_name("host.py")),
-        str(host),
-        str(hosts),
-        port,
-        str(out),
-    ]
-    started = [
-        subprocess.Popen(command(h), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for h in range(hosts)
-    ]
-    try:
-        said = [process.communicate(timeout=300)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0] * hosts, "\n".join(said)
-    return said
+    on_hosts("host.py", out, hosts)
 
 
 @pytest.fixture(scope="module")
