@@ -47,8 +47,12 @@ class Scores:
         """All scores, in float32 at least."""
         wide = jnp.promote_types(self.hidden.dtype, jnp.float32)
         product = partial(jnp.einsum, preferred_element_type=wide)
-        if math.prod(self.hidden.shape[:-1]) <= FEW:
-            logits = jnp.moveaxis(product("vd,...d->v...", self.table, self.hidden), 0, -1)
+        states = math.prod(self.hidden.shape[:-1])
+        if states <= FEW:
+            by_token = product("vd,...d->v...", self.table, self.hidden)
+            # Behind a barrier, or the compiler turns the product round again; for one state there is nothing to turn.
+            by_token = by_token if states == 1 else jax.lax.optimization_barrier(by_token)
+            logits = jnp.moveaxis(by_token, 0, -1)
         else:
             logits = product("...d,vd->...v", self.hidden, self.table)
         logits = logits if self.bias is None else logits + self.bias
