@@ -19,10 +19,13 @@ from models.families.llama import llama as llama
 from models.families.ltg_bert import ltg_bert as ltg_bert
 from models.families.modernbert import modernbert as modernbert
 from models.families.t5 import t5 as t5
+from models.families.transnormer import transnormer as transnormer
 from models.feed_forward import FeedForward as FeedForward
 from models.heads import Head as Head
 from models.heads import Scores as Scores
 from models.heads import TiedHead as TiedHead
+from models.linear_attention.lightning import LightningAttention as LightningAttention
+from models.linear_attention.retention import Retention as Retention
 from models.masks import Bidirectional as Bidirectional
 from models.masks import ByRow as ByRow
 from models.masks import Causal as Causal

@@ -15,7 +15,7 @@ from models.backends.splash import splash
 from models.backends.view import Keys, View
 from models.backends.xla import xla
 from models.initializers import normal
-from models.linear import linear
+from models.linear import linear, side_by_side
 from models.positions import few, gather, rotate
 from models.rope_scaling import RopeScaling
 from models.variables import param
@@ -188,10 +188,7 @@ class Attention(nnx.Module):
             with few(at):
                 query = self._part(hidden, "query")
             return [query, *(self._part(source, name) for name in names[1:])]
-        kernels = [self._flat(name, hidden.dtype) for name in names]
-        # A split, and not slices: its gradient is one concatenation.
-        sizes = [kernel.shape[1] for kernel in kernels]
-        parts = jax.lax.split(linear(hidden, jnp.concatenate(kernels, axis=1)), sizes, axis=2)
+        parts = side_by_side(hidden, [self._flat(name, hidden.dtype) for name in names])
         return [_cut(self._heads(part, name)) for part, name in zip(parts, names, strict=True)]
 
     def _part(self, x, name):

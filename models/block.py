@@ -29,6 +29,7 @@ class Context:
     Args:
       visible: the mask, lowered, with the segment rule.
       segments, positions: of the tokens in this call.
+      before: the document of each row's last token before this call, 0 where there is none; None where all have none.
       layer: the block's index in its stack, from 0 on.
       source: states of the same slots that mixers take keys and values from, or None for the hidden states.
       memory: states of another text, or `remembered`, this layer's keys and values of it; None without cross-attention.
@@ -47,6 +48,7 @@ class Context:
     segments: Int[Array, "B S"]
     positions: Int[Array, "B S"]
     mask: Mask = field(default_factory=Bidirectional)
+    before: Int[Array, B] | None = None
     layer: Any = 0
     source: Float[Array, "B S D"] | None = None
     memory: Float[Array, "B M D"] | None = None

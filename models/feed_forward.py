@@ -36,12 +36,13 @@ def _gelu_jvp(primals, tangents):
     return x * below, t * slope
 
 
-Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
+Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "none"]
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": gelu,
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
+    "none": lambda x: x,
 }
 
 
@@ -53,7 +54,7 @@ class FeedForward(nnx.Module):
     Args:
       width: D.
       hidden: features inside, 4 D by default.
-      activation: gelu (exact), gelu_tanh, silu or relu.
+      activation: gelu (exact), gelu_tanh, silu or relu; none, with a gate, is SGLU.
       gated: whether a second projection gates the first.
       bias: whether the projections have biases.
       inner_norm: a norm's class, called with the features inside; None for none.

@@ -1,7 +1,9 @@
 """Products of hidden states with weights."""
 
 import math
+from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -23,3 +25,13 @@ def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D *F"]) -> Float[Array
     if len(lead) < 2 or is_cut("length"):
         return jnp.tensordot(x, kernel, axes=1)
     return jnp.tensordot(x.reshape(math.prod(lead), x.shape[-1]), kernel, axes=1).reshape(*lead, *trail)
+
+
+def side_by_side(x: Float[Array, "*B D"], kernels: Sequence[Float[Array, "D *F"]]) -> list[Float[Array, "..."]]:
+    """`linear` with several kernels, as one product; kernels cut by heads stay apart and in place."""
+    if is_cut("heads"):
+        return [linear(x, kernel) for kernel in kernels]
+    flat = [kernel.reshape(kernel.shape[0], -1) for kernel in kernels]
+    # A split, and not slices: its gradient is one concatenation.
+    parts = jax.lax.split(linear(x, jnp.concatenate(flat, axis=1)), [k.shape[1] for k in flat], axis=x.ndim - 1)
+    return [part.reshape(*x.shape[:-1], *k.shape[1:]) for part, k in zip(parts, kernels, strict=True)]

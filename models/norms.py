@@ -83,21 +83,35 @@ class RMSNorm(nnx.Module):
       width: D.
       eps: added to the mean square.
       bias: whether there is a bias.
+      scale: whether there is a scale; SimpleRMSNorm has none.
+      around_one: whether the parameter is scale - 1, so that weight decay draws the scale to 1.
       axis: the logical name of the features.
 
-    Source: "Root Mean Square Layer Normalization", Zhang and Sennrich, 2019.
+    Source: "Root Mean Square Layer Normalization", Zhang and Sennrich, 2019; without a scale: "Scaling TransNormer to 175
+      Billion Parameters", Qin et al., 2023.
     Differs: nothing known.
     """
 
-    def __init__(self, width: int, *, eps: float = 1e-6, bias: bool = False, axis: str = "embed"):
-        self.eps = eps
-        self.scale = param(jnp.ones((width,)), (axis,))
+    def __init__(
+        self,
+        width: int,
+        *,
+        eps: float = 1e-6,
+        bias: bool = False,
+        scale: bool = True,
+        around_one: bool = False,
+        axis: str = "embed",
+    ):
+        self.eps, self.around_one = eps, around_one
+        self.scale = param((jnp.zeros if around_one else jnp.ones)((width,)), (axis,)) if scale else None
         self.bias = param(jnp.zeros((width,)), (axis,)) if bias else None
 
     def __call__(self, x: Float[Array, "*B D"], present: Any = None) -> Float[Array, "*B D"]:
         """Normalises the last dimension."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        scaled = unit_mean_square(wide, self.eps) * self.scale.get_value()
+        scaled = unit_mean_square(wide, self.eps)
+        if self.scale is not None:
+            scaled = scaled * (self.scale.get_value() + self.around_one)
         return (scaled if self.bias is None else scaled + self.bias.get_value()).astype(x.dtype)
 
 

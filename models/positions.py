@@ -1,10 +1,13 @@
 """Positions: rotary and learned, and the states at some of them."""
 
+from __future__ import annotations
+
 from contextlib import AbstractContextManager, nullcontext
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from models.initializers import normal
 from models.rope_scaling import RopeScaling
@@ -34,6 +37,24 @@ def rotate(
 def gather(x: Shaped[Array, "B S *D"], at: Int[Array, "B K"]) -> Shaped[Array, "B K *D"]:
     """What stands at some slots of each row."""
     return jnp.take_along_axis(x, at.reshape(at.shape + (1,) * (x.ndim - 2)), axis=1)
+
+
+def last_documents(segments: Int[Array, "B S"], before: Int[Array, B] | None = None) -> Int[Array, "B S+1"]:
+    """The document of the last token that is no padding: before each slot, and behind the last one.
+
+    Args:
+      segments: the document of each token, 0 for padding.
+      before: what it is before the first slot; 0, none, by default.
+    """
+    before = jnp.zeros(segments.shape[:1], segments.dtype) if before is None else before
+    known = jnp.concatenate([before[:, None], segments], axis=1)
+    last = jax.lax.cummax(jnp.where(known > 0, jnp.arange(known.shape[1]), 0), axis=1)
+    return jnp.take_along_axis(known, last, axis=1)
+
+
+def borders(segments: Int[Array, "B S"], before: Int[Array, B] | None = None) -> Bool[Array, "B S"]:
+    """Where a document begins: a token whose document is not that of the last one; arguments as in `last_documents`."""
+    return (segments > 0) & (segments != last_documents(segments, before)[:, :-1])
 
 
 def few(at: Int[Array, "B K"] | None) -> AbstractContextManager[None]:

@@ -179,6 +179,29 @@ class Stack(nnx.Module):
             entries[f"scanned/{k}"] = jax.tree.map(lambda x: jnp.zeros((self.repetitions, *x.shape), x.dtype), one)
         return entries
 
+    def checked_cache(self, entries: dict[str, Any], rows: int, capacity: int, dtype: Any) -> dict[str, Any]:
+        """The entries, if they are a cache of this stack.
+
+        Raises:
+          UserError: entries for other layers, or of another shape.
+        """
+        own = jax.eval_shape(lambda: self.empty_cache(rows, capacity, dtype))
+        if own.keys() != entries.keys():
+            raise UserError(
+                f"the cache has entries for {', '.join(entries)}, this trunk for {', '.join(own)}: take it from its "
+                f"`empty_cache`"
+            )
+        for name, wanted in own.items():
+            shapes = [
+                {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+                for leaves in map(jax.tree_util.tree_leaves_with_path, (entries[name], wanted))
+            ]
+            if shapes[0] != shapes[1]:
+                raise UserError(
+                    f"the cache of {name} has shapes {shapes[0]}, expected {shapes[1]}: take it from `empty_cache`"
+                )
+        return entries
+
     def remember(self, memory: Float[Array, "B M D"]) -> dict[str, Any]:
         """A memory's keys and values by block, of those that attend to one; stacked as in `empty_cache`."""
         entries = {f"layers/{i}": _remembered(block, memory) for i, block in self.layers.items()}

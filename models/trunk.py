@@ -19,7 +19,7 @@ from models.heads import Scores, TiedHead
 from models.initializers import normal
 from models.masks import Bidirectional, Both, Mask, Tokens, lower
 from models.norms import RMSNorm
-from models.positions import gather
+from models.positions import gather, last_documents
 from models.side import Sides
 from models.stack import Remat, Stack
 from models.variables import param
@@ -217,8 +217,8 @@ class Trunk(nnx.Module):
           taps: what else to return.
 
         Raises:
-          UserError: both or neither of tokens and embeddings, both `at` and `taps`, a row that is too long, or a memory
-            where none is read or none where one is.
+          UserError: both or neither of tokens and embeddings, both `at` and `taps`, a row that is too long, a memory
+            where none is read or none where one is, or another trunk's cache.
         """
         if (tokens is None) == (embeddings is None):
             raise UserError("a trunk takes either tokens or embeddings")
@@ -238,7 +238,8 @@ class Trunk(nnx.Module):
                 write(cache["segments"], segments),
                 write(cache["positions"], positions),
             )
-            entries = cache["entries"]
+            rows, capacity = cache["segments"].shape
+            entries = self.stack.checked_cache(cache["entries"], rows, capacity, self.dtype)
         asked = Bidirectional() if mask is None else mask
 
         def visible(own: Mask | None) -> tuple[Any, Mask]:
@@ -247,7 +248,7 @@ class Trunk(nnx.Module):
 
         context = Context(
             visible=jnp.ones((1, 1, 1), bool), segments=segments, positions=positions, source=source, memory=memory,
-            bias=bias, cache_length=start, keys=keys, taps=tuple(taps),
+            before=None if cache is None else cache["document"], bias=bias, cache_length=start, keys=keys, taps=tuple(taps),
         )  # fmt: skip
         context = context if self.relative is None else self.relative(context, query, key)
         remembered = None
@@ -263,13 +264,14 @@ class Trunk(nnx.Module):
         if self.final_norm is not None:
             x = self.final_norm(x, (segments if at is None else gather(segments, at)) > 0)
         new = None
-        if entries is not None:
+        if cache is not None:
             new = {
                 "length": start + segments.shape[1],
+                "document": last_documents(segments, cache["document"])[:, -1],
                 "segments": key.segments,
                 "positions": key.positions,
                 "entries": entries,
-            } | {name: kept for name, kept in (cache or {}).items() if name == "memory"}
+            } | {name: kept for name, kept in cache.items() if name == "memory"}
         tapped: dict[str, Any] = {}
         if "layers" in taps:
             tapped["layers"] = jnp.stack([first, *(by_layer[i]["layers"] for i in range(len(by_layer)))])
@@ -306,6 +308,7 @@ class Trunk(nnx.Module):
             known = {"memory": {"entries": self.stack.remember(memory), "segments": memory_segments}}
         return known | {
             "length": jnp.zeros((), jnp.int32),
+            "document": jnp.zeros((rows,), jnp.int32),
             "segments": jnp.zeros((rows, capacity), jnp.int32),
             "positions": jnp.zeros((rows, capacity), jnp.int32),
             "entries": self.stack.empty_cache(rows, capacity, self.dtype),

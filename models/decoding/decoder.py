@@ -145,7 +145,7 @@ def cache_rows(cache: Cache, index: Int[Array, N]) -> Cache:
     each = lambda entries: {
         name: jax.tree.map(take(1 if name.startswith("scanned/") else 0), entry) for name, entry in entries.items()
     }
-    moved: Cache = {name: take(0)(cache[name]) for name in ("segments", "positions")}
+    moved: Cache = {name: take(0)(cache[name]) for name in ("document", "segments", "positions")}
     if "memory" in cache:
         known = cache["memory"]
         moved["memory"] = {"entries": each(known["entries"]), "segments": take(0)(known["segments"])}
