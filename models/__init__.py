@@ -17,6 +17,7 @@ from models.families.bert import bert as bert
 from models.families.deberta import deberta as deberta
 from models.families.llama import llama as llama
 from models.families.ltg_bert import ltg_bert as ltg_bert
+from models.families.minimax import minimax as minimax
 from models.families.modernbert import modernbert as modernbert
 from models.families.t5 import t5 as t5
 from models.families.transnormer import transnormer as transnormer

@@ -17,7 +17,7 @@ from models.positions import few, gather
 from models.side import Sides
 from partitioning import UserError, constrain
 
-Placement = Literal["pre", "post", "sandwich", "scaled"]
+Placement = Literal["pre", "post", "sandwich", "scaled", "normed"]
 Taps = dict[str, Array]
 
 
@@ -71,6 +71,9 @@ class Block(nnx.Module):
     post:     x = norm(x + f(x))
     sandwich: x = x + norm'(f(norm(x)))
     scaled:   x = x + f(norm(x) / sqrt(l)), l the layer's number from 1 on
+    normed:   y = norm(x), x = y + f(y)
+
+    With factors (a, b) the sums are a x + b f(..).
 
     Args:
       width: D.
@@ -80,13 +83,15 @@ class Block(nnx.Module):
       mixer_out_norm: a norm of the mixer's result, where the placement has none or another.
       cross: class of the attention to a memory, called as the mixer is; None for none.
       placement: where the norms stand, see above.
+      mixer_factors, feed_forward_factors: a and b of the sums after the mixer and after the feed-forward layer.
       mask: what this block allows, on top of the call's mask; None for no limit of its own.
       dropout: probability that a feature of a branch is zeroed.
       rngs: where the initial weights come from.
 
     Source: post: "Attention Is All You Need", Vaswani et al., 2017; pre: "On Layer Normalization in the Transformer
       Architecture", Xiong et al., 2020; sandwich: "CogView", Ding et al., 2021; scaled: "The Curse of Depth in Large
-      Language Models", Sun et al., 2025. Mix-LN ("Mix-LN", Li et al., 2024) is a trunk whose first blocks are post.
+      Language Models", Sun et al., 2025; normed, with factors: "MiniMax-01", MiniMax, 2025. Mix-LN ("Mix-LN", Li et al.,
+      2024) is a trunk whose first blocks are post.
     Differs: nothing known.
     """
 
@@ -101,6 +106,8 @@ class Block(nnx.Module):
         mixer_out_norm: Callable[..., nnx.Module] | None = None,
         cross: Callable[..., nnx.Module] | None = None,
         placement: Placement = "pre",
+        mixer_factors: tuple[float, float] = (1.0, 1.0),
+        feed_forward_factors: tuple[float, float] = (1.0, 1.0),
         mask: Mask | None = None,
         dropout: float = 0.0,
         rngs: nnx.Rngs,
@@ -108,6 +115,7 @@ class Block(nnx.Module):
         if not 0 <= dropout < 1:
             raise UserError(f"dropout = {dropout}: expected a probability in [0, 1)")
         self.placement, self.mask, self.dropout = placement, nnx.static(mask), dropout
+        self.mixer_factors, self.feed_forward_factors = mixer_factors, feed_forward_factors
         self.mixer: Any = mixer(width, rngs=rngs)
         self.mixer_norm = (norm if mixer_norm is None else mixer_norm)(width)
         self.cross: Any = None if cross is None else cross(width, rngs=rngs)
@@ -130,17 +138,20 @@ class Block(nnx.Module):
         fold = lambda n: None if context.keys is None else jax.vmap(lambda k: jax.random.fold_in(k, n))(context.keys)
         scale = jax.lax.rsqrt(context.layer + 1.0).astype(x.dtype) if self.placement == "scaled" else 1
 
-        def add(skip, branch, norm, out_norm, n, seen):
+        def add(skip, branch, norm, out_norm, n, seen, factors=(1.0, 1.0)):
             """A branch gives its result first, then what else there is to hand on."""
-            out, *rest = branch(x if self.placement == "post" else scale * norm(x, seen))
+            read = x if self.placement == "post" else scale * norm(x, seen)
+            out, *rest = branch(read)
             out = dropout(out if out_norm is None else out_norm(out, present), self.dropout, fold(n))
-            y = skip(x) + out
+            y = _times(factors[0], skip(read if self.placement == "normed" else x)) + _times(factors[1], out)
             y = norm(y, present) if self.placement == "post" else y
             with few(context.at):
                 return constrain(y, "batch", "length", "embed"), *rest
 
         mix = partial(self.mixer, context=context)
-        x, cache, taps = add(here, mix, self.mixer_norm, self.mixer_out_norm, 0, context.segments > 0)
+        x, cache, taps = add(
+            here, mix, self.mixer_norm, self.mixer_out_norm, 0, context.segments > 0, self.mixer_factors
+        )
         same = lambda x: x
         if self.cross is not None:
             assert context.memory_visible is not None
@@ -149,7 +160,9 @@ class Block(nnx.Module):
             taps = taps | found
         with few(context.at):
             forward = partial(self.feed_forward, present=present)
-            x, sides = add(same, forward, self.feed_forward_norm, self.feed_forward_out_norm, 1, present)
+            x, sides = add(
+                same, forward, self.feed_forward_norm, self.feed_forward_out_norm, 1, present, self.feed_forward_factors
+            )
         return x, sides, cache, taps | ({"layers": x} if "layers" in context.taps else {})
 
     def _read(self, x: Float[Array, "B Q D"], context: Context, visible: Bool[Array, "B Q M"]) -> Any:
@@ -159,3 +172,7 @@ class Block(nnx.Module):
         with few(context.at):
             out, taps = self.cross.read(x, remembered, visible, wanted)
         return out, {f"cross_{name}": weights for name, weights in taps.items()}
+
+
+def _times(factor: float, x: Array) -> Array:
+    return x if factor == 1 else factor * x

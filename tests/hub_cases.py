@@ -17,6 +17,8 @@ from models.variables import flatten, replace_values
 
 GOLDEN = Path(__file__).parent / "models" / "hub_golden.npz"
 V, S = 83, 19
+# Families that read from left to right.
+DECODERS = ("llama", "minimax", "transnormer")
 VOCABULARY = Vocabulary(size=V, pad=1, bos=0, eos=2, mask=4, cls=5, sep=6)
 DRAW = np.random.default_rng(0)
 # Rows of unequal length.
@@ -52,5 +54,5 @@ def logits(trunk):
     if trunk.family.name == "t5":
         where = {"target_segments": WHERE["segments"], "target_positions": WHERE["positions"]}
         return trunk.scores(trunk(TOKENS, targets=TARGETS, **WHERE, **where).hidden).logits()
-    mask = Causal() if trunk.family.name == "llama" else Bidirectional()
+    mask = Causal() if trunk.family.name in DECODERS else Bidirectional()
     return trunk.scores(trunk(TOKENS, mask=mask, **WHERE).hidden).logits()

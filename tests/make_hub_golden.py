@@ -5,10 +5,14 @@ python tests/make_hub_golden.py     with the extra `parity`
 
 from __future__ import annotations
 
+import copy
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 from hub_cases import GOLDEN, HERE, TARGETS, TOKENS, V, weight
+from safetensors.numpy import load_file, save_file
 
 SIZES = {"vocab_size": V, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40}
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 1}
@@ -61,6 +65,26 @@ CASES = {
         "ForConditionalGeneration",
         {**T5, "feed_forward_proj": "gated-gelu", "relative_attention_max_distance": 9, "tie_word_embeddings": False},
     ),
+    "minimax": (
+        "MiniMax",
+        "ForCausalLM",
+        {"num_key_value_heads": 2, "num_local_experts": 4, "block_size": 8, "rms_norm_eps": 1e-5, **DECODER},
+    ),
+    "minimax, mostly linear": (
+        "MiniMax",
+        "ForCausalLM",
+        {
+            "layer_types": ["linear_attention"] * 2 + ["full_attention"],
+            "head_dim": 10,
+            "num_key_value_heads": 4,
+            "num_local_experts": 3,
+            "linear_attn_alpha_factor": 1.5,
+            "full_attn_beta_factor": 0.75,
+            "mlp_alpha_factor": 2.0,
+            "tie_word_embeddings": True,
+            **DECODER,
+        },
+    ),
     "qwen3": ("Qwen3", "ForCausalLM", {"num_key_value_heads": 2, "head_dim": 8, **DECODER}),
 }
 
@@ -77,10 +101,33 @@ def made(name):
     if kind == "T5" and not config.scale_decoder_outputs:
         # The library ties what it makes anew; such models as were trained have a head of their own.
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
+    if any(tensor.endswith("experts.gate_up_proj") for tensor, _ in model.named_parameters()):
+        return filled(model)
     with torch.no_grad():
         for tensor, value in model.named_parameters():
             value.copy_(torch.tensor(weight(tensor, tuple(value.shape))))
     return model
+
+
+def filled(model):
+    """The model with weights set by the names that its files have, which are not those of its parameters."""
+    kept = dict(model.named_buffers())
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        path = Path(folder) / "model.safetensors"
+        arrays = load_file(path)
+        save_file({n: x if n in kept else weight(n, x.shape) for n, x in arrays.items()}, path, {"format": "pt"})
+        return type(model).from_pretrained(folder, attn_implementation="eager").float().train()
+
+
+def saved(model, values):
+    """Values of a model's parameters under the names that its files have."""
+    twin = copy.deepcopy(model)
+    for name, parameter in twin.named_parameters():
+        parameter.data = values[name]
+    with tempfile.TemporaryDirectory() as folder:
+        twin.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
 
 
 def run(model):

@@ -16,12 +16,14 @@ import numpy as np
 from models.families.bert import bert
 from models.families.deberta import deberta
 from models.families.llama import llama
+from models.families.minimax import minimax
 from models.families.modernbert import modernbert
 from models.families.t5 import t5
 from models.hub.bert import Bert
 from models.hub.deberta import Deberta
-from models.hub.layout import Layout, Tensor
+from models.hub.layout import Layout, Tensor, part, shape_of, value_of
 from models.hub.llama import Llama
+from models.hub.minimax import MiniMax
 from models.hub.modernbert import ModernBert
 from models.hub.t5 import T5
 from partitioning import UserError
@@ -32,6 +34,7 @@ FAMILIES: dict[str, tuple[Callable[..., Any], Layout]] = {
     "deberta": (deberta, Deberta()),
     "modernbert": (modernbert, ModernBert()),
     "llama": (llama, Llama()),
+    "minimax": (minimax, MiniMax()),
     "t5": (t5, T5()),
 }
 CONFIG, INDEX, WHOLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -102,10 +105,10 @@ class Folder:
                 f"{self.path} holds a {self.family}, the trunk is {'of no family' if mine is None else 'a ' + mine.name}: "
                 f"expected training.Run.model = @models.{self.family}"
             )
-        part = asked is not None and len(asked) < len(shapes)
+        some = asked is not None and len(asked) < len(shapes)
         layout = FAMILIES[self.family][1]
         for size, value in self.sizes.items():
-            if mine[size] != value and not (part and size in layout.shown):
+            if mine[size] != value and not (some and size in layout.shown):
                 raise UserError(f"{self.path}: {size} is {value!r} there and {mine[size]!r} here")
         if mine["vocabulary"] > self.config["vocab_size"] and (asked is None or layout.table in asked):
             raise UserError(
@@ -114,7 +117,9 @@ class Folder:
             )
         tensors = {tensor.name: tensor for tensor in layout.tensors(mine, shapes[layout.table][0])}
         asked = shapes if asked is None else asked
-        wanted = {name: tensor for name, tensor in tensors.items() if any(leaf in asked for leaf in tensor.leaves)}
+        wanted = {
+            name: tensor for name, tensor in tensors.items() if any(part(leaf)[0] in asked for leaf in tensor.leaves)
+        }
         found: dict[str, np.ndarray] = {}
         left = []
         for name, array in self._arrays():
@@ -126,7 +131,7 @@ class Folder:
             found |= _ours(tensor, array, shapes, f"{self.path}: tensor {name}")
         if wanted:
             raise UserError(f"{self.path}: {len(wanted)} tensors are missing, first {next(iter(wanted))!r}")
-        return {name: array for name, array in found.items() if name in asked}, left
+        return {name: array for name, array in _whole(found).items() if name in asked}, left
 
     def _arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor, one in memory at a time."""
@@ -164,7 +169,7 @@ def _ours(
     tensor: Tensor, array: np.ndarray, shapes: Mapping[str, tuple[int, ...]], where: str
 ) -> dict[str, np.ndarray]:
     wide = array.astype(np.float32) if array.dtype.itemsize < 4 else array
-    expected = tensor.go(*(np.broadcast_to(np.float32(0), shapes[leaf]) for leaf in tensor.leaves)).shape
+    expected = tensor.go(*(np.broadcast_to(np.float32(0), shape_of(leaf, shapes)) for leaf in tensor.leaves)).shape
     # A table may have more rows than the tokenizer has tokens.
     if (
         wide.shape[1:] != expected[1:]
@@ -173,6 +178,15 @@ def _ours(
     ):
         raise UserError(f"{where} has shape {list(wide.shape)}, expected {list(expected)}")
     return dict(zip(tensor.leaves, tensor.come(wide[: expected[0]]), strict=True))
+
+
+def _whole(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Entries of one leaf are put together."""
+    entries: dict[str, dict[int, np.ndarray]] = {}
+    for leaf in [leaf for leaf in found if part(leaf)[1] is not None]:
+        name, index = part(leaf)
+        entries.setdefault(name, {})[int(index or 0)] = found.pop(leaf)
+    return found | {name: np.stack([each[i] for i in range(len(each))]) for name, each in entries.items()}
 
 
 def export(
@@ -203,7 +217,7 @@ def export(
     layout = FAMILIES[trunk.family.name][1]
     config = layout.config(trunk) | {"torch_dtype": "float32"}
     arrays = {
-        tensor.name: np.ascontiguousarray(tensor.go(*(values[leaf] for leaf in tensor.leaves)))
+        tensor.name: np.ascontiguousarray(tensor.go(*(value_of(leaf, values) for leaf in tensor.leaves)))
         for tensor in layout.tensors(trunk.family, values[layout.table].shape[0])
     }
     with _aside(folder) as aside:

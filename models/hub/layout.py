@@ -18,7 +18,7 @@ class Tensor:
 
     Args:
       name: theirs.
-      leaves: ours, layers by index, that it holds.
+      leaves: ours, layers by index, that it holds; `leaf@3` is entry 3 of a leaf's first dimension, such as one expert.
       come: from their array to ours, one a leaf.
       go: from ours to theirs.
       cut: whether theirs may have more rows than there are tokens.
@@ -29,6 +29,24 @@ class Tensor:
     come: Callable[[np.ndarray], tuple[np.ndarray, ...]]
     go: Callable[..., np.ndarray]
     cut: bool = False
+
+
+def part(leaf: str) -> tuple[str, int | None]:
+    """A leaf's name, and which of its entries is meant; None for all of it."""
+    name, _, index = leaf.partition("@")
+    return name, int(index) if index else None
+
+
+def shape_of(leaf: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of a leaf, or of one entry of it."""
+    name, index = part(leaf)
+    return shapes[name] if index is None else shapes[name][1:]
+
+
+def value_of(leaf: str, values: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A leaf, or one entry of it."""
+    name, index = part(leaf)
+    return values[name] if index is None else values[name][index]
 
 
 class Layout(ABC):

@@ -31,6 +31,11 @@ PUBLISHED = {
     "mistral_7b": (32_000, 7_242),
     "xlm_r_xl": (250_880, 3_480),
     "xlm_r_xxl": (250_880, 10_700),
+    "transnormer_385m": (50_272, 385),
+    "transnormer_1b": (50_272, 1_000),
+    "transnormer_7b": (64_000, 7_000),
+    "transnormer_175b": (64_000, 175_000),
+    "minimax_text_01": (200_064, 456_000),
 }
 REST = """
 from __gin__ import dynamic_registration

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hub_cases import GOLDEN, HERE, TARGETS, TOKENS, VOCABULARY, weight
+from hub_cases import DECODERS, GOLDEN, HERE, TARGETS, TOKENS, VOCABULARY, weight
 
 from models import Causal
 from models.families.ltg_bert import ltg_bert
+from models.families.transnormer import transnormer
 from models.hub.folder import FAMILIES
 from models.variables import flatten, replace_values
 
@@ -22,12 +24,17 @@ with np.load(GOLDEN) as file:
 LENGTHS = HERE.sum(1)
 
 
+# Families that no other library has.
+OWN = {
+    "ltg_bert": partial(ltg_bert, width=24, layers=3, heads=4, hidden=40, buckets=6, longest=16),
+    "transnormer": partial(transnormer, width=24, layers=3, heads=4, hidden=40),
+}
+
+
 def made(name):
     """A model with weights large enough to matter."""
-    if name == "ltg_bert":
-        make = lambda: ltg_bert(
-            VOCABULARY, width=24, layers=3, heads=4, hidden=40, buckets=6, longest=16, rngs=nnx.Rngs(0)
-        )
+    if name in OWN:
+        make = lambda: OWN[name](VOCABULARY, rngs=nnx.Rngs(0))
     else:
         family, layout = next(f for f in FAMILIES.values() if CONFIGS[name]["model_type"] in f[1].models)
         make = lambda: family(VOCABULARY, **layout.sizes(CONFIGS[name]), rngs=nnx.Rngs(0))
@@ -42,10 +49,10 @@ def run(model, tokens, targets, segments, positions):
     where = {"segments": segments, "positions": positions}
     if model.family.name == "t5":
         return model(tokens, **where, targets=targets, target_segments=segments, target_positions=positions).hidden
-    return model(tokens, mask=Causal() if model.family.name == "llama" else None, **where).hidden
+    return model(tokens, mask=Causal() if model.family.name in DECODERS else None, **where).hidden
 
 
-@pytest.mark.parametrize("name", [*CASES, "ltg_bert"])
+@pytest.mark.parametrize("name", [*CASES, *OWN])
 def test_a_document_is_alone_wherever_it_stands(name):
     """Within 1e-5 of the largest state: in a padded batch, in the batch turned round, by itself, and packed."""
     graph, state = nnx.split(made(name))

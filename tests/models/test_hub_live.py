@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from hub_cases import GOLDEN, HERE, PULL, TARGETS, S, imported, logits
-from make_hub_golden import CASES, made, run
+from make_hub_golden import CASES, made, run, saved
 
 from models.hub.folder import FAMILIES, export
+from models.hub.layout import value_of
 from models.relative import log_buckets, t5_buckets
 from models.stack import unstack
 
@@ -45,7 +46,8 @@ def test_logits_and_gradients(theirs):
     model.zero_grad()
     out = run(model)
     (out * torch.tensor(PULL)).sum().backward()
-    expected = {name: value.grad.numpy() for name, value in model.named_parameters() if value.grad is not None}
+    gradients = {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in model.named_parameters()}
+    expected = saved(model, gradients)
     graph, state = nnx.split(trunk)
 
     def loss(state):
@@ -59,7 +61,7 @@ def test_logits_and_gradients(theirs):
     layout = FAMILIES[trunk.family.name][1]
     compared, most = set(), max(np.abs(value).max() for value in expected.values())
     for tensor in layout.tensors(trunk.family, flat[layout.table].shape[0]):
-        ours = tensor.go(*(np.asarray(flat[leaf]) for leaf in tensor.leaves))
+        ours = tensor.go(*(np.asarray(value_of(leaf, flat)) for leaf in tensor.leaves))
         # A key's bias moves all scores of a query alike: its gradient is rounding, on both sides.
         atol = 1e-3 * np.abs(expected[tensor.name]).max() + 1e-6 * most
         np.testing.assert_allclose(ours, expected[tensor.name], rtol=0, atol=atol, err_msg=tensor.name)
@@ -75,8 +77,9 @@ def test_in_and_out_is_bitwise(theirs, tmp_path):
     trunk, found = imported(folder)
     export(tmp_path / "out", trunk, found)
     again = type(model).from_pretrained(tmp_path / "out").eval()
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0, msg=name)
+    kept = dict(again.named_parameters())
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(kept[name], value, rtol=0, atol=0, msg=name)
     tokens = torch.arange(7, 7 + S)[None]
     with torch.no_grad():
         targets = {"decoder_input_ids": torch.tensor(TARGETS[:1])} if model.config.is_encoder_decoder else {}
