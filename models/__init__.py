@@ -26,6 +26,7 @@ from models.heads import Head as Head
 from models.heads import Scores as Scores
 from models.heads import TiedHead as TiedHead
 from models.linear_attention.lightning import LightningAttention as LightningAttention
+from models.linear_attention.linearized import LinearizedAttention as LinearizedAttention
 from models.linear_attention.retention import Retention as Retention
 from models.masks import Bidirectional as Bidirectional
 from models.masks import ByRow as ByRow
@@ -50,6 +51,7 @@ from models.rope_scaling import YarnScaling as YarnScaling
 from models.side import Side as Side
 from models.stack import Stack as Stack
 from models.surgery.fold_layer_norm import fold_layer_norm as fold_layer_norm
+from models.surgery.linearize import linearize as linearize
 from models.trunk import Output as Output
 from models.trunk import Trunk as Trunk
 from models.variables import Buffer as Buffer

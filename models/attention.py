@@ -136,11 +136,7 @@ class Attention(nnx.Module):
         if at is not None:
             hidden, visible, places = gather(hidden, at), gather(visible, at), gather(places, at)
             bias = bias if bias is None else jnp.take_along_axis(bias, at[:, None, :, None], axis=2)
-        q, k, v = self._project(hidden, source, at)
-        q, k = (x if norm is None else norm(x) for x, norm in ((q, self.query_norm), (k, self.key_norm)))
-        if self.theta is not None and context.source is None:
-            q = rotate(q, places, self.theta, self.scaling)
-            k = rotate(k, context.positions, self.theta, self.scaling)
+        q, k, v = self._turned(self._project(hidden, source, at), places, context)
         cache = None
         if context.cache is not None:
             cache = {
@@ -158,6 +154,15 @@ class Attention(nnx.Module):
             out, taps = self._mixed(hidden, q, k, v, view, bias, causal=context.causal, taps=context.taps)
         return out, cache, taps
 
+    def _turned(self, parts, places, context):
+        """Queries, keys and values, the first two normed and rotated."""
+        q, k, v = parts
+        q, k = (x if norm is None else norm(x) for x, norm in ((q, self.query_norm), (k, self.key_norm)))
+        if self.theta is not None and context.source is None:
+            q = rotate(q, places, self.theta, self.scaling)
+            k = rotate(k, context.positions, self.theta, self.scaling)
+        return q, k, v
+
     def _bias(self, q, k, bias, context):
         """What is added to the scores; a kind of attention may add its own."""
         del q, k, context
@@ -172,13 +177,16 @@ class Attention(nnx.Module):
         mixed = product(q, k, v, view, bias, backend=self.backend)
         # No back end hands its weights out: they are computed again for those who look.
         tapped = {"attention": reference_weights(q, k, view.visible, bias)} if "attention" in taps else {}
+        return self._joined(hidden, mixed), tapped
+
+    def _joined(self, hidden, mixed):
+        """What the heads found, gated and projected."""
         mixed = constrain(mixed, "batch", "length", "heads", "kv")
         if self.gate is not None:
             gate = self.gate.get_value().astype(hidden.dtype)
             mixed = mixed * jax.nn.sigmoid(linear(hidden, gate.reshape(gate.shape[0], -1)).reshape(mixed.shape))
-        kernel = self.out.get_value().astype(hidden.dtype)
-        out = linear(mixed.reshape(*mixed.shape[:2], -1), kernel.reshape(-1, kernel.shape[-1]))
-        return (out if self.out_bias is None else out + self.out_bias.get_value().astype(hidden.dtype)), tapped
+        out = linear(mixed.reshape(*mixed.shape[:2], -1), self._flat("out", hidden.dtype))
+        return out if self.out_bias is None else out + self.out_bias.get_value().astype(hidden.dtype)
 
     def _project(self, hidden, source, at):
         """Queries, keys and values; one matrix product where all three have the same source."""
@@ -196,8 +204,9 @@ class Attention(nnx.Module):
         return _cut(self._heads(linear(x, self._flat(name, x.dtype)), name))
 
     def _flat(self, name, dtype):
+        """A projection as a matrix: to heads or from them."""
         kernel = getattr(self, name).get_value().astype(dtype)
-        return kernel.reshape(kernel.shape[0], -1)
+        return kernel.reshape(-1, kernel.shape[-1]) if name == "out" else kernel.reshape(kernel.shape[0], -1)
 
     def _heads(self, part, name):
         bias = getattr(self, f"{name}_bias")

@@ -41,7 +41,8 @@ class Context:
       at: slots whose states are asked for, or None for all: the mixer's result has these slots alone.
       mask: the call's mask and the block's own, as `visible` was lowered from.
       causal: whether no query ever sees a later key.
-      taps: what else is asked for: `layers`, the block's new states; `attention`, the mixer's weights where it has any.
+      taps: what else is asked for: `layers`, the block's new states; `attention`, the mixer's weights where it has any;
+        `transfer`, see `LinearizedAttention`.
     """
 
     visible: Bool[Array, "B Q K"]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ POLICIES: dict[str, Any] = {
     "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }
 Make = Callable[..., Block]
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 class Stack(nnx.Module):
@@ -73,7 +74,7 @@ class Stack(nnx.Module):
         scanned: dict[str, Block] = {}
         for k in range(first, first + period) if repetitions else ():
             indices = jnp.arange(k, k + repetitions * period, period)
-            scanned[str(k)] = _stacked(partial(build, k), jax.vmap(lambda i: jax.random.fold_in(base, i))(indices))
+            scanned[str(k)] = stacked(partial(build, k), jax.vmap(lambda i: jax.random.fold_in(base, i))(indices))
         rest = [*range(first), *range(first + repetitions * period, layers)]
         self.scanned = nnx.Dict(scanned)
         self.layers = nnx.Dict({str(i): build(i, jax.random.fold_in(base, i)) for i in rest})
@@ -215,8 +216,8 @@ def _remembered(block: Block, memory: Float[Array, "B M D"]) -> Any:
     return None if block.cross is None else block.cross.remember(memory)
 
 
-def _stacked(make: Callable[[jax.Array], Block], keys: jax.Array) -> Block:
-    """One block whose arrays have a leading dimension, entry r initialised from `keys[r]`."""
+def stacked(make: Callable[[jax.Array], Module], keys: jax.Array) -> Module:
+    """One module whose arrays have a leading dimension, entry r initialised from `keys[r]`."""
     values = jax.vmap(lambda key: nnx.to_pure_dict(nnx.split(make(key))[1]))(keys)
     graph, state = nnx.split(nnx.eval_shape(lambda: make(keys[0])))
     nnx.replace_by_pure_dict(state, values)

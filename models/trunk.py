@@ -36,7 +36,8 @@ class Output:
       hidden: states after the final norm.
       taps: what was asked for by name. `layers`: the states before the first and after every layer, `[L + 1, B, S, D]`.
         `attention`: the weights `[B, H, S, K]` by layer, of the layers that have some. `cross_attention`: the same of the
-        attention to the memory.
+        attention to the memory. `transfer`: how far each token's linear attention is from the softmax attention that goes on
+        in its place, `[B, S]` by layer, of the layers that are linearised.
       aux: side terms by block, raw sums.
       cache: the cache with this call's tokens in it, or None.
     """
@@ -196,7 +197,7 @@ class Trunk(nnx.Module):
         cache: dict[str, Any] | None = None,
         keys: jax.Array | None = None,
         at: Int[Array, "B K"] | None = None,
-        taps: Sequence[Literal["layers", "attention", "cross_attention"]] = (),
+        taps: Sequence[Literal["layers", "attention", "cross_attention", "transfer"]] = (),
     ) -> Output:
         """Runs the trunk.
 
@@ -275,10 +276,8 @@ class Trunk(nnx.Module):
         tapped: dict[str, Any] = {}
         if "layers" in taps:
             tapped["layers"] = jnp.stack([first, *(by_layer[i]["layers"] for i in range(len(by_layer)))])
-        if "attention" in taps:
-            tapped["attention"] = {i: t["attention"] for i, t in sorted(by_layer.items()) if "attention" in t}
-        if "cross_attention" in taps:
-            tapped["cross_attention"] = {i: t["cross_attention"] for i, t in sorted(by_layer.items())}
+        for name in (name for name in taps if name != "layers"):
+            tapped[name] = {i: found[name] for i, found in sorted(by_layer.items()) if name in found}
         return Output(x, tapped, _averaged(sides), new)
 
     def scores(self, hidden: Float[Array, "*B D"]) -> Scores:

@@ -1,5 +1,6 @@
 """What is learned: frozen dataclasses of selection, corruption, loss, companions and preparation."""
 
+from objectives.attention_transfer import AttentionTransfer as AttentionTransfer
 from objectives.base import Companion as Companion
 from objectives.base import Loss as Loss
 from objectives.base import Models as Models

@@ -11,7 +11,19 @@ import jax
 import numpy as np
 from flax import nnx
 
-from models import Attention, Block, Experts, FeedForward, PowerNorm, RMSNorm, Trunk, Vocabulary, t5
+from models import (
+    Attention,
+    Block,
+    Experts,
+    FeedForward,
+    LightningAttention,
+    LinearizedAttention,
+    PowerNorm,
+    RMSNorm,
+    Trunk,
+    Vocabulary,
+    t5,
+)
 from objectives import (
     CM3,
     DPO,
@@ -20,6 +32,7 @@ from objectives import (
     MASS,
     MEAP,
     UL2,
+    AttentionTransfer,
     CausalLM,
     Electra,
     GPTBert,
@@ -63,6 +76,17 @@ EXPERTS = partial(
             norm=RMSNorm,
             dropout=0.1,
         ),
+    ],
+)
+LINEARIZED = partial(LinearizedAttention, heads=2, window=3)
+HYBRID = partial(
+    Trunk,
+    width=16,
+    layers=3,
+    vocab_multiple=8,
+    pattern=[
+        partial(Block, mixer=partial(mixer, heads=2), feed_forward=PLAIN, norm=RMSNorm)
+        for mixer in (partial(LightningAttention, layers=3, lrpe=True), LINEARIZED, Attention)
     ],
 )
 TWO_SIDED = partial(
@@ -181,6 +205,11 @@ CASES: dict[str, Case] = {
         MaskedLM(select=RandomTokens(rate=lambda step: 0.3 - 0.01 * step, most=0.3)), model=partial(TRUNK, dropout=0.1)
     ),
     "clm": Case(CausalLM()),
+    "clm, hybrid": Case(CausalLM(), model=HYBRID),
+    "attention_transfer": Case(
+        Weighted(parts={"transfer": AttentionTransfer()}, weights={"transfer": 20.0}),
+        model=partial(TRUNK, mixer=LINEARIZED),
+    ),
     "meap": Case(MEAP(select=NGrams(rate=0.4)), worded_batch),
     "prefix_lm": Case(PrefixLM()),
     "ul2": Case(UL2(shortest=2), model=partial(TRUNK, vocab_multiple=64)),

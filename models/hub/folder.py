@@ -131,7 +131,14 @@ class Folder:
             found |= _ours(tensor, array, shapes, f"{self.path}: tensor {name}")
         if wanted:
             raise UserError(f"{self.path}: {len(wanted)} tensors are missing, first {next(iter(wanted))!r}")
-        return {name: array for name, array in _whole(found).items() if name in asked}, left
+        found = _whole(found)
+        lacking = sorted(name for name in asked if name not in found)
+        if lacking:
+            raise UserError(
+                f"{self.path}: that layout has no place for {len(lacking)} parameters, first {lacking[0]!r}: what is to begin "
+                "anew is named by reinitialise"
+            )
+        return {name: found[name] for name in asked}, left
 
     def _arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor, one in memory at a time."""
@@ -216,9 +223,13 @@ def export(
         )
     layout = FAMILIES[trunk.family.name][1]
     config = layout.config(trunk) | {"torch_dtype": "float32"}
+    tensors = list(layout.tensors(trunk.family, values[layout.table].shape[0]))
+    homeless = sorted(values.keys() - {part(leaf)[0] for tensor in tensors for leaf in tensor.leaves})
+    if homeless:
+        raise UserError(f"{len(homeless)} parameters have no place in that layout, first {homeless[0]!r}")
     arrays = {
         tensor.name: np.ascontiguousarray(tensor.go(*(value_of(leaf, values) for leaf in tensor.leaves)))
-        for tensor in layout.tensors(trunk.family, values[layout.table].shape[0])
+        for tensor in tensors
     }
     with _aside(folder) as aside:
         save_file(arrays, str(aside / WHOLE), metadata={"format": "pt"})

@@ -58,7 +58,7 @@ class LinearMixer(nnx.Module):
         self, hidden: Float[Array, "B S D"], context: Any
     ) -> tuple[Float[Array, "B S D"], Any, dict[str, Array]]:
         """Mixes tokens; returns the result (at `context.at`, where it is given), the new cache entry and no taps."""
-        self._check(context)
+        check_linear(type(self).__name__, context)
         (q, k, v, *gates), kept = self.parts(hidden, context)
         here = context.segments > 0
         shown = lambda x: jnp.where(here.reshape(here.shape + (1,) * (x.ndim - 2)), x, 0)
@@ -92,16 +92,25 @@ class LinearMixer(nnx.Module):
         """Features of a key as the state has them."""
         return self.key_width
 
-    def _check(self, context: Any) -> None:
-        name = type(self).__name__
-        if not reads_from_left(context.mask):
-            raise UserError(
-                f"{name} reads from left to right and cannot compute {_named(context.mask)}: use the mask Causal, or softmax "
-                f"attention in this layer"
-            )
-        for what, given in (("a bias on scores", context.bias), ("keys from other states", context.source)):
-            if given is not None:
-                raise UserError(f"{name} cannot compute {what}: use softmax attention in this layer")
+
+def check_linear(name: str, context: Any) -> None:
+    """Refuses what no state can express.
+
+    Args:
+      name: of the mixer.
+      context: of its call.
+
+    Raises:
+      UserError: a mask other than `Causal`, a bias, or keys from elsewhere.
+    """
+    if not reads_from_left(context.mask):
+        raise UserError(
+            f"{name} reads from left to right and cannot compute {_named(context.mask)}: use the mask Causal, or softmax "
+            f"attention in this layer"
+        )
+    for what, given in (("a bias on scores", context.bias), ("keys from other states", context.source)):
+        if given is not None:
+            raise UserError(f"{name} cannot compute {what}: use softmax attention in this layer")
 
 
 def reads_from_left(mask: Mask) -> bool:
