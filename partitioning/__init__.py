@@ -11,12 +11,12 @@ from partitioning.errors import UserError
 if TYPE_CHECKING:
     from partitioning.mesh import make_mesh
     from partitioning.presets import data, fsdp, fsdp_sequence, fsdp_tensor
-    from partitioning.rules import Placement, Rules, constrain, is_cut, on_each_device, platform, ways, whole
+    from partitioning.rules import Placement, Rules, along, constrain, is_cut, on_each_device, platform, ways, whole
 
 _HOMES = {
     "make_mesh": "partitioning.mesh",
     **dict.fromkeys(
-        ("Placement", "Rules", "constrain", "is_cut", "on_each_device", "platform", "ways", "whole"),
+        ("Placement", "Rules", "along", "constrain", "is_cut", "on_each_device", "platform", "ways", "whole"),
         "partitioning.rules",
     ),
     **dict.fromkeys(("data", "fsdp", "fsdp_sequence", "fsdp_tensor"), "partitioning.presets"),
@@ -26,6 +26,7 @@ __all__ = [
     "Placement",
     "Rules",
     "UserError",
+    "along",
     "constrain",
     "data",
     "fsdp",

@@ -251,6 +251,39 @@ def on_each_device(function: Callable[..., Any], arrays: Sequence[tuple[jax.Arra
     return run(*(x for x, _ in arrays))
 
 
+def along(
+    name: str,
+    function: Callable[..., Any],
+    arrays: Sequence[tuple[jax.Array, Names]],
+    results: Sequence[tuple[tuple[int, ...], Names]],
+) -> Any:
+    """Calls a function with each device's part of the arrays, to talk along the mesh axes that cut a logical axis.
+
+    Args:
+      name: the logical axis; the rules in scope cut it.
+      function: of these mesh axes and the arrays' parts.
+      arrays: with the logical names of their dimensions.
+      results: whole shapes and logical names of what the function returns. A result without the axis is the same on all
+        devices along it.
+
+    Raises:
+      UserError: as `constrain`.
+    """
+    placement = _SCOPE.get()
+    assert placement is not None
+    places = tuple(p for p in placement.rules.activations[name] if placement.mesh.shape[p] > 1)
+    spec = lambda n, shape: placement.spec(n, shape, table="activations", what=f"array {n}")
+    run = jax.shard_map(
+        lambda *parts: function(places, *parts),
+        mesh=placement.mesh,
+        in_specs=tuple(spec(n, x.shape) for x, n in arrays),
+        out_specs=tuple(spec(n, shape) for shape, n in results),
+        # What the states vary over, after they were gathered, is not known to the check.
+        check_vma=False,
+    )
+    return run(*(x for x, _ in arrays))
+
+
 def platform() -> str:
     """What the devices of the mesh in scope are, or jax's own where there is none: 'cpu', 'gpu', 'tpu'."""
     placement = _SCOPE.get()

@@ -1,4 +1,5 @@
-"""One call for all forms of linear attention: by chunks, or token by token where there is one token a row."""
+"""One call for all forms of linear attention: by chunks, token by token where there is one token a row, and by devices where
+rows are cut along their length."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -9,6 +10,8 @@ from models.linear_attention.decayed import decayed
 from models.linear_attention.delta import delta
 from models.linear_attention.gated import gated
 from models.linear_attention.recurrence import delta_recurrence, recurrence
+from models.linear_attention.sequence import passed
+from partitioning import is_cut
 
 Form = Literal["decayed", "gated", "delta"]
 CHUNKED: dict[str, Callable[..., Any]] = {"decayed": decayed, "gated": gated, "delta": delta}
@@ -33,5 +36,8 @@ def apply(
       resets: where a document begins.
       state: before the first token.
     """
-    one = resets.shape[1] == 1
-    return (RECURRENT if one else CHUNKED)[form](*parts, resets, state)
+    if resets.shape[1] == 1:
+        return RECURRENT[form](*parts, resets, state)
+    if is_cut("length"):
+        return passed(form, parts, resets, state)
+    return CHUNKED[form](*parts, resets, state)

@@ -8,38 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_inputs import inputs, ordered
 
 from models.linear_attention.decayed import decayed
 from models.linear_attention.delta import delta, unit_lower_inverse
 from models.linear_attention.gated import gated, running
 from models.linear_attention.recurrence import delta_recurrence, recurrence
 
-H, K, V = 2, 3, 4
 # Each chunked form, and the recurrence that it is a form of.
 FORMS = {
     "decayed": (decayed, lambda q, k, v, g, *rest: recurrence(q, k, v, g[..., None], *rest)),
     "gated": (gated, recurrence),
     "delta": (delta, delta_recurrence),
 }
-
-
-def inputs(name, rows, length, *, strength=1.0, seed=0, dtype=np.float64, K=K):
-    """Queries, keys of length 1, values, rates of the delta rule and log decays; then borders and a state."""
-    draw = np.random.default_rng(seed)
-    q, k = draw.standard_normal((2, rows, length, H, K))
-    k /= np.linalg.norm(k, axis=-1, keepdims=True)
-    parts = {"q": q, "k": k, "v": draw.standard_normal((rows, length, H, V))}
-    if name == "delta":
-        parts["rate"] = 2 * draw.random((rows, length, H))
-    parts["log_decay"] = -strength * draw.random((rows, length, H, K) if name == "gated" else (rows, length, H))
-    resets = jnp.asarray(draw.random((rows, length)) < 0.1)
-    state = jnp.asarray(draw.standard_normal((rows, H, K, V)), dtype)
-    return {key: jnp.asarray(value, dtype) for key, value in parts.items()}, resets, state
-
-
-def ordered(parts):
-    """In the order of the forms' arguments; jax hands dicts back sorted."""
-    return [parts[name] for name in ("q", "k", "v", "rate", "log_decay") if name in parts]
 
 
 def results(form, parts, resets, state, seed=1):
