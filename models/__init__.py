@@ -24,7 +24,10 @@ from models.feed_forward import FeedForward as FeedForward
 from models.heads import Head as Head
 from models.heads import Scores as Scores
 from models.heads import TiedHead as TiedHead
+from models.linear_attention.gated_delta import GatedDeltaNet as GatedDeltaNet
+from models.linear_attention.gla import GatedLinearAttention as GatedLinearAttention
 from models.linear_attention.lightning import LightningAttention as LightningAttention
+from models.linear_attention.regla import ReGLA as ReGLA
 from models.linear_attention.retention import Retention as Retention
 from models.masks import Bidirectional as Bidirectional
 from models.masks import ByRow as ByRow
