@@ -15,6 +15,7 @@ from models.hub.folder import Folder
 from models.stack import layer_names, restack, unstack
 from models.variables import flatten, replace_values
 
+DECODERS = ("llama", "qwen3_next")
 GOLDEN = Path(__file__).parent / "models" / "hub_golden.npz"
 V, S = 83, 19
 VOCABULARY = Vocabulary(size=V, pad=1, bos=0, eos=2, mask=4, cls=5, sep=6)
@@ -32,6 +33,27 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     draw = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
     scale = len(shape) == 1 and "norm" in name.lower() and name.endswith(("weight", "scale"))
     return draw * np.float32(0.3 if len(shape) > 1 else 0.1) + np.float32(scale)
+
+
+def by_file(name: str, value: np.ndarray) -> dict[str, np.ndarray]:
+    """What a tensor of a running model is in a file: experts that compute as one are written one by one."""
+    stem, _, last = name.rpartition(".")
+    if not stem.endswith(".experts"):
+        return {name: value}
+    words = ("gate", "up") if last == "gate_up_proj" else ("down",)
+    return {
+        f"{stem}.{e}.{word}_proj.weight": part
+        for e, expert in enumerate(value)
+        for word, part in zip(words, np.split(expert, len(words)), strict=True)
+    }
+
+
+def model_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """`weight` of a tensor of a running model, by what it is in a file."""
+    parts = {file: weight(file, part.shape) for file, part in by_file(name, np.zeros(shape, np.float32)).items()}
+    if name in parts:
+        return parts[name]
+    return np.concatenate(list(parts.values())).reshape(shape)
 
 
 def imported(folder, vocabulary=VOCABULARY, **options):
@@ -52,5 +74,5 @@ def logits(trunk):
     if trunk.family.name == "t5":
         where = {"target_segments": WHERE["segments"], "target_positions": WHERE["positions"]}
         return trunk.scores(trunk(TOKENS, targets=TARGETS, **WHERE, **where).hidden).logits()
-    mask = Causal() if trunk.family.name == "llama" else Bidirectional()
+    mask = Causal() if trunk.family.name in DECODERS else Bidirectional()
     return trunk.scores(trunk(TOKENS, mask=mask, **WHERE).hidden).logits()

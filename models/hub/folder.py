@@ -17,12 +17,14 @@ from models.families.bert import bert
 from models.families.deberta import deberta
 from models.families.llama import llama
 from models.families.modernbert import modernbert
+from models.families.qwen3_next import qwen3_next
 from models.families.t5 import t5
 from models.hub.bert import Bert
 from models.hub.deberta import Deberta
 from models.hub.layout import Layout, Tensor
 from models.hub.llama import Llama
 from models.hub.modernbert import ModernBert
+from models.hub.qwen3_next import Qwen3Next
 from models.hub.t5 import T5
 from partitioning import UserError
 
@@ -32,6 +34,7 @@ FAMILIES: dict[str, tuple[Callable[..., Any], Layout]] = {
     "deberta": (deberta, Deberta()),
     "modernbert": (modernbert, ModernBert()),
     "llama": (llama, Llama()),
+    "qwen3_next": (qwen3_next, Qwen3Next()),
     "t5": (t5, T5()),
 }
 CONFIG, INDEX, WHOLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -123,7 +126,13 @@ class Folder:
                 if name not in tensors and not layout.spare(name):
                     left.append(name)
                 continue
-            found |= _ours(tensor, array, shapes, f"{self.path}: tensor {name}")
+            for leaf, ours in _ours(tensor, array, shapes, f"{self.path}: tensor {name}").items():
+                if tensor.entry is None:
+                    found[leaf] = ours
+                    continue
+                if leaf not in found:
+                    found[leaf] = np.empty(shapes[leaf], ours.dtype)
+                found[leaf][tensor.entry] = ours
         if wanted:
             raise UserError(f"{self.path}: {len(wanted)} tensors are missing, first {next(iter(wanted))!r}")
         return {name: array for name, array in found.items() if name in asked}, left

@@ -22,6 +22,8 @@ class Tensor:
       come: from their array to ours, one a leaf.
       go: from ours to theirs.
       cut: whether theirs may have more rows than there are tokens.
+      entry: where theirs is one entry of each leaf alone (one expert's matrix), which; `come` gives that entry, and `go`
+        takes it out of the whole leaf.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Tensor:
     come: Callable[[np.ndarray], tuple[np.ndarray, ...]]
     go: Callable[..., np.ndarray]
     cut: bool = False
+    entry: int | None = None
 
 
 class Layout(ABC):
@@ -69,6 +72,11 @@ def same(name: str, leaf: str) -> Tensor:
 def turned(name: str, leaf: str) -> Tensor:
     """A matrix: theirs is [outputs, inputs]."""
     return Tensor(name, (leaf,), lambda x: (x.T,), lambda x: x.T)
+
+
+def turned_entry(name: str, leaf: str, entry: int) -> Tensor:
+    """One expert's matrix: theirs is [outputs, inputs], ours one of [experts, inputs, outputs]."""
+    return Tensor(name, (leaf,), lambda x: (x.T,), lambda x: x[entry].T, entry=entry)
 
 
 def dense(name: str, leaf: str) -> Iterator[Tensor]:

@@ -51,7 +51,7 @@ class ShortConvolution(nnx.Module):
           cache: what an earlier call returned, or `empty_cache`; None where the text begins here.
         """
         here = context.segments > 0
-        cache = self.empty_cache(len(x), *x.shape[2:], x.dtype) if cache is None else cache
+        cache = self.empty_cache(len(x), x.shape[2], x.shape[3], x.dtype) if cache is None else cache
         age, count = ages(here, borders(context.segments, context.before), cache["count"])
         known = jnp.concatenate([cache["last"], x], axis=1)
         kernel = self.kernel.get_value().astype(x.dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hub_cases import GOLDEN, HERE, TARGETS, TOKENS, VOCABULARY, weight
+from hub_cases import DECODERS, GOLDEN, HERE, TARGETS, TOKENS, VOCABULARY, weight
 
 from models import Causal
 from models.families.ltg_bert import ltg_bert
@@ -42,7 +42,7 @@ def run(model, tokens, targets, segments, positions):
     where = {"segments": segments, "positions": positions}
     if model.family.name == "t5":
         return model(tokens, **where, targets=targets, target_segments=segments, target_positions=positions).hidden
-    return model(tokens, mask=Causal() if model.family.name == "llama" else None, **where).hidden
+    return model(tokens, mask=Causal() if model.family.name in DECODERS else None, **where).hidden
 
 
 @pytest.mark.parametrize("name", [*CASES, "ltg_bert"])

@@ -25,7 +25,9 @@ DRAWN = {
 
 
 @pytest.mark.parametrize("how", DRAWN)
-@pytest.mark.parametrize("name", ["llama, grouped", "llama, yarn", "mistral", "qwen3", "t5", "t5, gated"])
+@pytest.mark.parametrize(
+    "name", ["llama, grouped", "llama, yarn", "mistral", "qwen3", "qwen3 next", "qwen3 next, dense", "t5", "t5, gated"]
+)
 def test_theirs(name, how, tmp_path):
     """Ours in one padded batch, theirs a prompt at a time; the end token ends a row."""
     import torch

@@ -100,7 +100,7 @@ def test_a_cache_read_in_pieces_equals_one_call(name):
         for document in np.unique(segments[row])[1:]:
             here = segments[row] == document
             alone = np.zeros((2, 3, 13), int)
-            alone[:, 0, : here.sum()] = tokens[row, here], 1
+            alone[0, 0, : here.sum()], alone[1, 0, : here.sum()] = tokens[row, here], 1
             np.testing.assert_allclose(run(*alone)[0][0, : here.sum()], whole[row, here], rtol=0, atol=1e-11)
 
 
