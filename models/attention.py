@@ -66,6 +66,7 @@ class Attention(nnx.Module):
       heads: H; `kv_heads` of them have keys and values of their own (grouped queries), all by default.
       head_width: K; D / H by default.
       theta: base of the rotary frequencies; None for no rotation.
+      rotary: share of the features of a head that is rotated.
       scaling: of the rotary frequencies, for longer rows than were trained on.
       scale: what scores are multiplied by; 1 / sqrt(K) by default.
       qk_norm: a norm's class, for queries and keys over K before they are rotated; None for none.
@@ -75,7 +76,7 @@ class Attention(nnx.Module):
       rngs: where the initial weights come from.
 
     Raises:
-      UserError: heads that do not divide.
+      UserError: heads that do not divide, or an odd number of rotated features.
 
     Source: "Attention Is All You Need", Vaswani et al., 2017; grouped queries: "GQA", Ainslie et al., 2023.
     Differs: nothing known.
@@ -91,6 +92,7 @@ class Attention(nnx.Module):
         kv_heads: int | None = None,
         head_width: int | None = None,
         theta: float | None = 10_000.0,
+        rotary: float = 1.0,
         scaling: RopeScaling | None = None,
         scale: float | None = None,
         qk_norm: Callable[..., nnx.Module] | None = None,
@@ -108,6 +110,12 @@ class Attention(nnx.Module):
             raise UserError(f"Attention.kv_heads = {kv_heads} does not divide heads = {heads}")
         self.heads, self.kv_heads, self.theta, self.backend = heads, kv_heads, theta, backend
         self.head_width = width // heads if head_width is None else head_width
+        self.rotated = int(rotary * self.head_width)
+        if not 0 < rotary <= 1 or (rotary < 1 and self.rotated % 2):
+            raise UserError(
+                f"Attention.rotary = {rotary} turns {self.rotated} of the {self.head_width} features of a head: expected an "
+                f"even number, at most all"
+            )
         self.scaling = nnx.static(scaling)
         # The back ends divide by sqrt(K); another scale goes into the queries.
         self.query_scale = None if scale is None else scale * math.sqrt(self.head_width)
@@ -159,8 +167,8 @@ class Attention(nnx.Module):
         q, k, v = parts
         q, k = (x if norm is None else norm(x) for x, norm in ((q, self.query_norm), (k, self.key_norm)))
         if self.theta is not None and context.source is None:
-            q = rotate(q, places, self.theta, self.scaling)
-            k = rotate(k, context.positions, self.theta, self.scaling)
+            q = rotate(q, places, self.theta, self.scaling, self.rotated)
+            k = rotate(k, context.positions, self.theta, self.scaling, self.rotated)
         return q, k, v
 
     def _bias(self, q, k, bias, context):

@@ -16,22 +16,34 @@ from partitioning import whole
 
 
 def rotate(
-    x: Float[Array, "B S H K"], positions: Int[Array, "B S"], theta: float, scaling: RopeScaling | None = None
+    x: Float[Array, "B S H K"],
+    positions: Int[Array, "B S"],
+    theta: float,
+    scaling: RopeScaling | None = None,
+    features: int | None = None,
 ) -> Float[Array, "B S H K"]:
     """Rotates pairs (x_i, x_{i+K/2}) by the angle position * theta^(-2i/K), its frequency scaled where `scaling` says so.
+
+    Args:
+      x: queries or keys.
+      positions: of the tokens.
+      theta, scaling: base of the frequencies, and what scales them.
+      features: how many are rotated, the first ones, as if K were so many; all by default.
 
     Source: "RoFormer", Su et al., 2021.
     Differs: the pairs are the two halves of a head (as in GPT-NeoX), not neighbours.
     """
-    half = x.shape[-1] // 2
+    rest = x[..., x.shape[-1] if features is None else features :]
+    half = (x.shape[-1] - rest.shape[-1]) // 2
     wide = jnp.promote_types(x.dtype, jnp.float32)
     frequencies, factor = theta ** (-jnp.arange(half, dtype=wide) / half), 1.0
     if scaling is not None:
         frequencies, factor = scaling(frequencies, theta)
     angles = (positions[..., None] * frequencies)[:, :, None, :]
     cos, sin = factor * jnp.cos(angles), factor * jnp.sin(angles)
-    first, second = x[..., :half].astype(wide), x[..., half:].astype(wide)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    first, second = x[..., :half].astype(wide), x[..., half : 2 * half].astype(wide)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
 def gather(x: Shaped[Array, "B S *D"], at: Int[Array, "B K"]) -> Shaped[Array, "B K *D"]:

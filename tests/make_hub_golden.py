@@ -21,6 +21,9 @@ DEBERTA = {"relative_attention": True, "share_att_key": True, "position_biased_i
 DEBERTA |= {"norm_rel_ebd": "layer_norm", "pos_att_type": "p2c|c2p", "type_vocab_size": 0}
 T5 = {"d_model": 24, "d_kv": 5, "d_ff": 40, "num_layers": 3, "num_heads": 4, "relative_attention_num_buckets": 8}
 T5 |= {"relative_attention_max_distance": 16, "dropout_rate": 0.0, "pad_token_id": 1, "decoder_start_token_id": 1}
+QWEN3_NEXT = {"num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 4, "linear_key_head_dim": 6}
+QWEN3_NEXT |= {"linear_value_head_dim": 5, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_experts": 4}
+QWEN3_NEXT |= {"num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 10}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CASES = {
     "bert": ("Bert", "ForMaskedLM", {"max_position_embeddings": 32, **STILL}),
@@ -86,6 +89,19 @@ CASES = {
         },
     ),
     "qwen3": ("Qwen3", "ForCausalLM", {"num_key_value_heads": 2, "head_dim": 8, **DECODER}),
+    "qwen3 next": ("Qwen3Next", "ForCausalLM", {**QWEN3_NEXT, **DECODER}),
+    "qwen3 next, dense": (
+        "Qwen3Next",
+        "ForCausalLM",
+        {
+            **QWEN3_NEXT,
+            "num_experts": 0,
+            "num_hidden_layers": 3,
+            "tie_word_embeddings": True,
+            "full_attention_interval": 2,
+            **DECODER,
+        },
+    ),
 }
 
 

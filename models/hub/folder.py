@@ -18,13 +18,15 @@ from models.families.deberta import deberta
 from models.families.llama import llama
 from models.families.minimax import minimax
 from models.families.modernbert import modernbert
+from models.families.qwen3_next import qwen3_next
 from models.families.t5 import t5
 from models.hub.bert import Bert
 from models.hub.deberta import Deberta
-from models.hub.layout import Layout, Tensor, part, shape_of, value_of
+from models.hub.layout import Layout, Tensor
 from models.hub.llama import Llama
 from models.hub.minimax import MiniMax
 from models.hub.modernbert import ModernBert
+from models.hub.qwen3_next import Qwen3Next
 from models.hub.t5 import T5
 from partitioning import UserError
 
@@ -35,6 +37,7 @@ FAMILIES: dict[str, tuple[Callable[..., Any], Layout]] = {
     "modernbert": (modernbert, ModernBert()),
     "llama": (llama, Llama()),
     "minimax": (minimax, MiniMax()),
+    "qwen3_next": (qwen3_next, Qwen3Next()),
     "t5": (t5, T5()),
 }
 CONFIG, INDEX, WHOLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -117,9 +120,7 @@ class Folder:
             )
         tensors = {tensor.name: tensor for tensor in layout.tensors(mine, shapes[layout.table][0])}
         asked = shapes if asked is None else asked
-        wanted = {
-            name: tensor for name, tensor in tensors.items() if any(part(leaf)[0] in asked for leaf in tensor.leaves)
-        }
+        wanted = {name: tensor for name, tensor in tensors.items() if any(leaf in asked for leaf in tensor.leaves)}
         found: dict[str, np.ndarray] = {}
         left = []
         for name, array in self._arrays():
@@ -128,10 +129,15 @@ class Folder:
                 if name not in tensors and not layout.spare(name):
                     left.append(name)
                 continue
-            found |= _ours(tensor, array, shapes, f"{self.path}: tensor {name}")
+            for leaf, ours in _ours(tensor, array, shapes, f"{self.path}: tensor {name}").items():
+                if tensor.entry is None:
+                    found[leaf] = ours
+                    continue
+                if leaf not in found:
+                    found[leaf] = np.empty(shapes[leaf], ours.dtype)
+                found[leaf][tensor.entry] = ours
         if wanted:
             raise UserError(f"{self.path}: {len(wanted)} tensors are missing, first {next(iter(wanted))!r}")
-        found = _whole(found)
         lacking = sorted(name for name in asked if name not in found)
         if lacking:
             raise UserError(
@@ -176,7 +182,7 @@ def _ours(
     tensor: Tensor, array: np.ndarray, shapes: Mapping[str, tuple[int, ...]], where: str
 ) -> dict[str, np.ndarray]:
     wide = array.astype(np.float32) if array.dtype.itemsize < 4 else array
-    expected = tensor.go(*(np.broadcast_to(np.float32(0), shape_of(leaf, shapes)) for leaf in tensor.leaves)).shape
+    expected = tensor.go(*(np.broadcast_to(np.float32(0), shapes[leaf]) for leaf in tensor.leaves)).shape
     # A table may have more rows than the tokenizer has tokens.
     if (
         wide.shape[1:] != expected[1:]
@@ -185,15 +191,6 @@ def _ours(
     ):
         raise UserError(f"{where} has shape {list(wide.shape)}, expected {list(expected)}")
     return dict(zip(tensor.leaves, tensor.come(wide[: expected[0]]), strict=True))
-
-
-def _whole(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Entries of one leaf are put together."""
-    entries: dict[str, dict[int, np.ndarray]] = {}
-    for leaf in [leaf for leaf in found if part(leaf)[1] is not None]:
-        name, index = part(leaf)
-        entries.setdefault(name, {})[int(index or 0)] = found.pop(leaf)
-    return found | {name: np.stack([each[i] for i in range(len(each))]) for name, each in entries.items()}
 
 
 def export(
@@ -224,12 +221,11 @@ def export(
     layout = FAMILIES[trunk.family.name][1]
     config = layout.config(trunk) | {"torch_dtype": "float32"}
     tensors = list(layout.tensors(trunk.family, values[layout.table].shape[0]))
-    homeless = sorted(values.keys() - {part(leaf)[0] for tensor in tensors for leaf in tensor.leaves})
+    homeless = sorted(values.keys() - {leaf for tensor in tensors for leaf in tensor.leaves})
     if homeless:
         raise UserError(f"{len(homeless)} parameters have no place in that layout, first {homeless[0]!r}")
     arrays = {
-        tensor.name: np.ascontiguousarray(tensor.go(*(value_of(leaf, values) for leaf in tensor.leaves)))
-        for tensor in tensors
+        tensor.name: np.ascontiguousarray(tensor.go(*(values[leaf] for leaf in tensor.leaves))) for tensor in tensors
     }
     with _aside(folder) as aside:
         save_file(arrays, str(aside / WHOLE), metadata={"format": "pt"})

@@ -18,10 +18,12 @@ class Tensor:
 
     Args:
       name: theirs.
-      leaves: ours, layers by index, that it holds; `leaf@3` is entry 3 of a leaf's first dimension, such as one expert.
+      leaves: ours, layers by index, that it holds.
       come: from their array to ours, one a leaf.
       go: from ours to theirs.
       cut: whether theirs may have more rows than there are tokens.
+      entry: where theirs is one entry of each leaf alone (one expert's matrix), which; `come` gives that entry, and `go`
+        takes it out of the whole leaf.
     """
 
     name: str
@@ -29,24 +31,7 @@ class Tensor:
     come: Callable[[np.ndarray], tuple[np.ndarray, ...]]
     go: Callable[..., np.ndarray]
     cut: bool = False
-
-
-def part(leaf: str) -> tuple[str, int | None]:
-    """A leaf's name, and which of its entries is meant; None for all of it."""
-    name, _, index = leaf.partition("@")
-    return name, int(index) if index else None
-
-
-def shape_of(leaf: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of a leaf, or of one entry of it."""
-    name, index = part(leaf)
-    return shapes[name] if index is None else shapes[name][1:]
-
-
-def value_of(leaf: str, values: Mapping[str, np.ndarray]) -> np.ndarray:
-    """A leaf, or one entry of it."""
-    name, index = part(leaf)
-    return values[name] if index is None else values[name][index]
+    entry: int | None = None
 
 
 class Layout(ABC):
@@ -87,6 +72,11 @@ def same(name: str, leaf: str) -> Tensor:
 def turned(name: str, leaf: str) -> Tensor:
     """A matrix: theirs is [outputs, inputs]."""
     return Tensor(name, (leaf,), lambda x: (x.T,), lambda x: x.T)
+
+
+def turned_entry(name: str, leaf: str, entry: int) -> Tensor:
+    """One expert's matrix: theirs is [outputs, inputs], ours one of [experts, inputs, outputs]."""
+    return Tensor(name, (leaf,), lambda x: (x.T,), lambda x: x[entry].T, entry=entry)
 
 
 def dense(name: str, leaf: str) -> Iterator[Tensor]:

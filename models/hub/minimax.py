@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from models.families.family import Family
-from models.hub.layout import Layout, Tensor, heads_in, heads_out, rows_padded, same, turned
+from models.hub.layout import Layout, Tensor, heads_in, heads_out, rows_padded, same, turned, turned_entry
 from models.hub.llama import scaling
 from partitioning import UserError
 
@@ -148,4 +148,4 @@ def experts(name: str, leaf: str, count: int) -> Iterator[Tensor]:
     yield turned(f"{name}.gate.weight", f"{leaf}/router")
     for e in range(count):
         for theirs, ours in (("w1", "inner"), ("w3", "gate"), ("w2", "outer")):
-            yield turned(f"{name}.experts.{e}.{theirs}.weight", f"{leaf}/{ours}@{e}")
+            yield turned_entry(f"{name}.experts.{e}.{theirs}.weight", f"{leaf}/{ours}", e)

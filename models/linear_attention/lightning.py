@@ -78,7 +78,7 @@ class LightningAttention(LinearMixer):
         self.theta = param(spread.reshape(heads, size), ("heads", "kv")) if lrpe else None
         self.norm: Any = (partial(RMSNorm, scale=False) if norm is None else norm)(heads * size, axis="heads")
 
-    def parts(self, hidden: Float[Array, "B S D"], context: Any) -> tuple[Parts, dict[str, Array]]:
+    def parts(self, hidden: Float[Array, "B S D"], context: Any) -> tuple[Parts, dict[str, Any]]:
         """See `LinearMixer.parts`."""
         kernels = [p.get_value().astype(hidden.dtype) for p in (self.query, self.key, self.value)]
         q, k, v = side_by_side(hidden, kernels)

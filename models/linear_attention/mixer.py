@@ -44,7 +44,7 @@ class LinearMixer(nnx.Module):
         self.out = param(normal(rngs, (heads, value_width, width)), ("heads", "kv", "embed"))
 
     @abstractmethod
-    def parts(self, hidden: Float[Array, "B S D"], context: Any) -> tuple[Parts, dict[str, Array]]:
+    def parts(self, hidden: Float[Array, "B S D"], context: Any) -> tuple[Parts, dict[str, Any]]:
         """Queries, keys, values and gates, as `form`'s function takes them, and what else the cache has to keep.
 
         `context.cache` has what was kept of earlier tokens; without one the text begins here.
@@ -81,7 +81,7 @@ class LinearMixer(nnx.Module):
             out = linear(mixed.reshape(*mixed.shape[:2], -1), kernel.reshape(-1, kernel.shape[-1]))
         return out, cache, {}
 
-    def empty_cache(self, rows: int, capacity: int, dtype: Any) -> dict[str, Array]:
+    def empty_cache(self, rows: int, capacity: int, dtype: Any) -> dict[str, Any]:
         """A state of nothing; its size does not depend on `capacity`."""
         del capacity
         wide = jnp.promote_types(dtype, jnp.float32)

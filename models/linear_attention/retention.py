@@ -67,7 +67,7 @@ class Retention(LinearMixer):
         self.value, self.gate = inner(self.value_width), inner(self.value_width)
         self.norm: Any = (partial(RMSNorm, scale=False) if norm is None else norm)(self.value_width, axis="kv")
 
-    def parts(self, hidden: Float[Array, "B S D"], context: Any) -> tuple[Parts, dict[str, Array]]:
+    def parts(self, hidden: Float[Array, "B S D"], context: Any) -> tuple[Parts, dict[str, Any]]:
         """See `LinearMixer.parts`."""
         kernels = [p.get_value().astype(hidden.dtype) for p in (self.query, self.key, self.value)]
         q, k, v = side_by_side(hidden, kernels)

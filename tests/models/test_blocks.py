@@ -14,8 +14,21 @@ from flax import nnx
 from models import Attention, Block, Causal, Head, Llama3Scaling, RMSNorm, Trunk, YarnScaling
 from models.backends.reference import reference_weights
 from models.positions import rotate
+from partitioning import UserError
 
 WIDTH, LAYERS = 6, 3
+
+
+def test_a_share_of_a_head_is_rotated():
+    """The first features as if they were all, the others not at all; a share of 1 is the whole head."""
+    draw = np.random.default_rng(0)
+    x, positions = jnp.asarray(draw.standard_normal((1, 5, 2, 8)), jnp.float32), jnp.arange(5)[None]
+    found = rotate(x, positions, 100.0, features=4)
+    np.testing.assert_array_equal(found[..., :4], rotate(x[..., :4], positions, 100.0))
+    np.testing.assert_array_equal(found[..., 4:], x[..., 4:])
+    np.testing.assert_array_equal(rotate(x, positions, 100.0, features=8), rotate(x, positions, 100.0))
+    with pytest.raises(UserError, match=r"rotary = 0\.4 turns 3 of the 8 features of a head: expected an even number"):
+        Attention(8, heads=1, rotary=0.4, rngs=nnx.Rngs(0))
 
 
 class Mixer(nnx.Module):

@@ -100,3 +100,21 @@ def test_more_choices_than_experts():
     """Refused by name."""
     with pytest.raises(UserError, match=r"Experts\.top_k = 5 is more than Experts\.experts = 4"):
         Experts(D, experts=E, top_k=5, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_shared_expert_is_added(gated):
+    """To what the routed ones give: a dense layer's result, gated or not; side terms know nothing of it."""
+    x, _, present = example()
+    graph, state = layer(shared=5, shared_gate=gated)
+    made = nnx.merge(graph, state)
+    out, sides = made(x, present)
+    shared, gate = made.shared, made.shared_gate
+    made.shared = None
+    routed, others = made(x, present)
+    extra, _ = shared(x, present)
+    extra = extra if gate is None else extra / (1 + np.exp(-np.asarray(x @ gate.get_value())))[..., None]
+    np.testing.assert_allclose(out, routed + extra, atol=1e-12)
+    assert sides.keys() == others.keys()
+    with pytest.raises(UserError, match="shared_gate without"):
+        Experts(D, shared_gate=True, rngs=nnx.Rngs(0))

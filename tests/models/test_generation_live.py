@@ -26,7 +26,7 @@ DRAWN = {
 }
 
 
-SEARCHED = ["llama, grouped", "llama, yarn", "mistral", "qwen3", "t5", "t5, gated"]
+SEARCHED = ["llama, grouped", "llama, yarn", "mistral", "qwen3", "qwen3 next", "qwen3 next, dense", "t5", "t5, gated"]
 
 
 # Their search leaves the states of MiniMax's linear layers with the beams that they were computed for.

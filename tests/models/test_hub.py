@@ -12,7 +12,6 @@ from hub_cases import GOLDEN, HERE, VOCABULARY, imported, logits, weight
 from safetensors.numpy import save_file
 
 from models.hub.folder import FAMILIES, Folder
-from models.hub.layout import shape_of
 from models.stack import unstack
 from models.variables import flatten
 
@@ -33,7 +32,7 @@ def case(request, tmp_path):
     layout = FAMILIES[opened.family][1]
     arrays = {}
     for tensor in layout.tensors(trunk.family, shapes[layout.table][0]):
-        shape = tensor.go(*(np.zeros(shape_of(leaf, shapes), np.float32) for leaf in tensor.leaves)).shape
+        shape = tensor.go(*(np.zeros(shapes[leaf], np.float32) for leaf in tensor.leaves)).shape
         arrays[tensor.name] = weight(tensor.name, shape)
     save_file(arrays, tmp_path / "model.safetensors")
     return request.param, tmp_path

@@ -12,7 +12,6 @@ from hub_cases import GOLDEN, HERE, PULL, TARGETS, S, imported, logits
 from make_hub_golden import CASES, made, run, saved
 
 from models.hub.folder import FAMILIES, export
-from models.hub.layout import value_of
 from models.relative import log_buckets, t5_buckets
 from models.stack import unstack
 
@@ -61,7 +60,7 @@ def test_logits_and_gradients(theirs):
     layout = FAMILIES[trunk.family.name][1]
     compared, most = set(), max(np.abs(value).max() for value in expected.values())
     for tensor in layout.tensors(trunk.family, flat[layout.table].shape[0]):
-        ours = tensor.go(*(np.asarray(value_of(leaf, flat)) for leaf in tensor.leaves))
+        ours = tensor.go(*(np.asarray(flat[leaf]) for leaf in tensor.leaves))
         # A key's bias moves all scores of a query alike: its gradient is rounding, on both sides.
         atol = 1e-3 * np.abs(expected[tensor.name]).max() + 1e-6 * most
         np.testing.assert_allclose(ours, expected[tensor.name], rtol=0, atol=atol, err_msg=tensor.name)
