@@ -16,6 +16,7 @@ NAMES = (
     "prepare",
     "reader",
     "decode",
+    "linear_attention",
     "gpu",
     "checkpoint",
 )

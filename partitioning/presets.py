@@ -44,8 +44,9 @@ def fsdp_tensor(tensor: int = 2, slices: int = 1) -> Rules:
 def fsdp_sequence(sequence: int = 2, tensor: int = 1, slices: int = 1) -> Rules:
     """Fully sharded, and rows cut along their length over `sequence` devices.
 
-    Each device has the queries of its part of the row, and gathers the keys and values of all of it; a row's states are
-    never whole on one device. The length divides by `sequence`.
+    Each device has the queries of its part of the row. For softmax attention it gathers the keys and values of all of it, for
+    linear attention what each part does to a state; a row's states are never whole on one device. The length divides by
+    `sequence`.
 
     Args:
       sequence: devices that share one row's tokens.

@@ -230,13 +230,18 @@ def whole(name: str) -> Iterator[None]:
         yield
 
 
-def on_each_device(function: Callable[..., Any], arrays: Sequence[tuple[jax.Array, Names]]) -> Any:
+def on_each_device(
+    function: Callable[..., Any],
+    arrays: Sequence[tuple[jax.Array, Names]],
+    results: Sequence[tuple[tuple[int, ...], Names]] | None = None,
+) -> Any:
     """Calls a function with each device's part of the arrays, so that the compiler cuts nothing inside it: it cannot cut a
     kernel, and would cut a search into rounds that all send rows about.
 
     Args:
-      function: of the arrays' parts; its results are cut as the first array is.
+      function: of the arrays' parts.
       arrays: with the logical names of their dimensions.
+      results: whole shapes and logical names of what the function returns; all are cut as the first array is by default.
 
     Raises:
       UserError: as `constrain`.
@@ -245,9 +250,11 @@ def on_each_device(function: Callable[..., Any], arrays: Sequence[tuple[jax.Arra
     placement = _SCOPE.get()
     if placement is None:
         return function(*(x for x, _ in arrays))
-    specs = [placement.spec(n, x.shape, table="activations", what=f"array {n}") for x, n in arrays]
+    spec = lambda n, shape: placement.spec(n, shape, table="activations", what=f"array {n}")
+    specs = tuple(spec(n, x.shape) for x, n in arrays)
+    out = specs[0] if results is None else tuple(spec(n, shape) for shape, n in results)
     # What a kernel's result varies over is not known to the check.
-    run = jax.shard_map(function, mesh=placement.mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
+    run = jax.shard_map(function, mesh=placement.mesh, in_specs=specs, out_specs=out, check_vma=False)
     return run(*(x for x, _ in arrays))
 
 

@@ -4,6 +4,7 @@ rows are cut along their length."""
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from models.linear_attention.decayed import decayed
@@ -11,9 +12,10 @@ from models.linear_attention.delta import delta
 from models.linear_attention.gated import gated
 from models.linear_attention.recurrence import delta_recurrence, recurrence
 from models.linear_attention.sequence import passed
-from partitioning import is_cut
+from partitioning import UserError, is_cut, on_each_device, platform
 
 Form = Literal["decayed", "gated", "delta"]
+Backend = Literal["xla", "pallas"]
 CHUNKED: dict[str, Callable[..., Any]] = {"decayed": decayed, "gated": gated, "delta": delta}
 RECURRENT: dict[str, Callable[..., Any]] = {
     "decayed": lambda q, k, v, log_decay, *rest: recurrence(q, k, v, log_decay[..., None], *rest),
@@ -27,6 +29,7 @@ def apply(
     parts: Sequence[Float[Array, "..."]],
     resets: Bool[Array, "B S"],
     state: Float[Array, "B H K V"],
+    backend: Backend = "xla",
 ) -> tuple[Float[Array, "B S H V"], Float[Array, "B H K V"]]:
     """Outputs, and the state behind the last token.
 
@@ -35,9 +38,33 @@ def apply(
       parts: their arguments before `resets`.
       resets: where a document begins.
       state: before the first token.
+      backend: 'pallas' is a TPU's kernel for 'decayed'.
+
+    Raises:
+      UserError: a kernel where there is no TPU, for another form, or for rows that are cut along their length.
     """
     if resets.shape[1] == 1:
         return RECURRENT[form](*parts, resets, state)
+    if backend == "pallas":
+        return _by_kernel(form, parts, resets, state)
     if is_cut("length"):
         return passed(form, parts, resets, state)
     return CHUNKED[form](*parts, resets, state)
+
+
+def _by_kernel(form: Form, parts: Sequence[Any], resets: Any, state: Any) -> Any:
+    for what, true in (
+        ("without a TPU", platform() != "tpu"),
+        (f"the form '{form}'", form != "decayed"),
+        ("rows that are cut along their length", is_cut("length")),
+    ):
+        if true:
+            raise UserError(f"linear attention's backend = 'pallas' cannot compute {what}: use 'xla'")
+    # Imported late: where there is no TPU nobody waits for it.
+    from models.linear_attention.pallas import kernel
+
+    row, whole = ("batch", "length", "heads", None), ("batch", "heads", None, None)
+    q, k, v, log_decay = parts
+    log_decay = jnp.broadcast_to(log_decay, q.shape[:3])
+    arrays = [(q, row), (k, row), (v, row), (log_decay, row[:3]), (resets, row[:2]), (state, whole)]
+    return on_each_device(kernel, arrays, [(v.shape, row), (state.shape, whole)])

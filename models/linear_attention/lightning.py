@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from models.initializers import normal
 from models.linear import linear, side_by_side
+from models.linear_attention.apply import Backend
 from models.linear_attention.decays import Rule, log_decays
 from models.linear_attention.mixer import LinearMixer, Parts, joined_heads
 from models.norms import RMSNorm
@@ -40,6 +41,7 @@ class LightningAttention(LinearMixer):
       value_activation: whether values too are silu(x W_v).
       gate: 'plain' multiplies by x W_g itself, 'sigmoid' by its sigmoid.
       norm: a class, called with the features of all heads; RMSNorm without a scale by default.
+      backend: 'pallas' is a TPU's kernel.
       rngs: where the initial weights come from.
 
     Raises:
@@ -62,6 +64,7 @@ class LightningAttention(LinearMixer):
         value_activation: bool = False,
         gate: Gate = "plain",
         norm: Callable[..., nnx.Module] | None = None,
+        backend: Backend = "xla",
         rngs: nnx.Rngs,
     ):
         if head_width is None and width % heads:
@@ -71,6 +74,7 @@ class LightningAttention(LinearMixer):
         size = width // heads if head_width is None else head_width
         super().__init__(width, heads=heads, key_width=size, value_width=size, rngs=rngs)
         log_decays(rule, heads=heads, layer=0, layers=layers)
+        self.backend = backend
         self.rule, self.layers, self.value_activation, self.gating = rule, layers, value_activation, gate
         inner = lambda: param(normal(rngs, (width, heads, size)), ("embed", "heads", "kv"))
         self.query, self.key, self.value, self.gate = inner(), inner(), inner(), inner()

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from models.initializers import normal
 from models.linear import linear
-from models.linear_attention.apply import Form, apply
+from models.linear_attention.apply import Backend, Form, apply
 from models.masks import Both, Causal, Mask
 from models.positions import borders, few, gather
 from models.variables import param
@@ -38,6 +38,8 @@ class LinearMixer(nnx.Module):
 
     needs_causal = True
     form: Form = "decayed"
+    # How `form` is computed; mixers with a decay a head let it be chosen.
+    backend: Backend = "xla"
 
     def __init__(self, width: int, *, heads: int, key_width: int, value_width: int, rngs: nnx.Rngs):
         self.heads, self.key_width, self.value_width = heads, key_width, value_width
@@ -71,7 +73,7 @@ class LinearMixer(nnx.Module):
         else:
             state = context.cache["state"]
         state = constrain(state, "batch", "heads", "kv", None)
-        mixed, state = apply(self.form, parts, borders(context.segments, context.before), state)
+        mixed, state = apply(self.form, parts, borders(context.segments, context.before), state, self.backend)
         cache = None if context.cache is None else kept | {"state": state}
         if context.at is not None:
             mixed, hidden = gather(mixed, context.at), gather(hidden, context.at)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from models.initializers import normal
 from models.linear import linear, side_by_side
+from models.linear_attention.apply import Backend
 from models.linear_attention.decays import log_decays
 from models.linear_attention.mixer import LinearMixer, Parts
 from models.norms import RMSNorm
@@ -34,6 +35,7 @@ class Retention(LinearMixer):
       value_expansion: values are so many times as wide.
       theta: base of the rotary frequencies.
       norm: a class, called with the features of one head; RMSNorm without a scale by default.
+      backend: 'pallas' is a TPU's kernel.
       rngs: where the initial weights come from.
 
     Raises:
@@ -53,6 +55,7 @@ class Retention(LinearMixer):
         value_expansion: int = 2,
         theta: float = 10_000.0,
         norm: Callable[..., nnx.Module] | None = None,
+        backend: Backend = "xla",
         rngs: nnx.Rngs,
     ):
         if head_width is None and width % heads:
@@ -61,7 +64,7 @@ class Retention(LinearMixer):
             )
         size = width // heads if head_width is None else head_width
         super().__init__(width, heads=heads, key_width=size, value_width=value_expansion * size, rngs=rngs)
-        self.theta = theta
+        self.theta, self.backend = theta, backend
         inner = lambda features: param(normal(rngs, (width, heads, features)), ("embed", "heads", "kv"))
         self.query, self.key = inner(size), inner(size)
         self.value, self.gate = inner(self.value_width), inner(self.value_width)
