@@ -3,7 +3,7 @@
     make chaos; RUNS=20 SEED=700 make chaos
 
 Each run draws a fault, a host and a moment from its seed. It must end in time, say what happened in a line, go on from the
-newest whole checkpoint, and end in the bits of the run that was left alone.
+newest whole checkpoint, lose no more steps than `most_lost`, and end in the bits of the run that was left alone.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ from benchmarks.several import CONFIG, EVERY, STEPS, Several, steps
 DAMAGED = ("a truncated file", "a flipped bit", "no newest folder")
 FAULTS = ("kill -9", "SIGTERM", "a full disk", "a folder that vanishes meanwhile", *DAMAGED)
 ROOM = 16_384
+HEAD = (
+    "fault",
+    "runs",
+    "checkpoints passed over",
+    "steps lost",
+    "may be lost",
+    "longest from fault to the last host's end",
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,19 @@ class Outcome:
     began: int
     passed: int
     seconds: float
+
+    @property
+    def lost(self) -> int:
+        """Steps that were taken, and taken again."""
+        return max(0, self.reached - self.began)
+
+
+def most_lost(fault: str) -> int:
+    """Steps that a fault may cost: an interval, and those taken while the checkpoint at its end was being written.
+
+    A save waits for the one before it, so the second is an interval at most. A harmed checkpoint costs one interval more.
+    """
+    return EVERY * (3 if fault in DAMAGED else 2)
 
 
 def ended(out: Path) -> tuple[dict, list]:
@@ -143,7 +164,9 @@ def disturbed(seed: int, config: Path, out: Path, whole: tuple[dict, list]) -> O
     passed = sum(step > began for step in there)
     assert passed <= (1 if fault in DAMAGED else 0), f"went on from {began} of {there}: {again.words()}"
     assert ended(out) == whole, again.words()
-    return Outcome(seed, fault, host, at, began, passed, seconds)
+    outcome = Outcome(seed, fault, host, at, began, passed, seconds)
+    assert outcome.lost <= most_lost(fault), f"{outcome} lost {outcome.lost} steps: {again.words()}"
+    return outcome
 
 
 def campaign(seeds: Sequence[int], say: Callable[[str], None]) -> tuple[list[Outcome], dict[int, str]]:
@@ -213,13 +236,14 @@ def write(found: list[Outcome], wrong: dict[int, str], first: int, minutes: floa
     for fault in FAULTS:
         of = [outcome for outcome in found if outcome.fault == fault]
         if of:
-            lost = [max(0, outcome.reached - outcome.began) for outcome in of]
+            lost = [outcome.lost for outcome in of]
             rows.append(
                 (
                     fault,
                     len(of),
                     sum(outcome.passed for outcome in of),
                     f"{sum(lost) / len(lost):.1f}, at most {max(lost)}",
+                    most_lost(fault),
                     f"{max(outcome.seconds for outcome in of):.0f} s",
                 )
             )
@@ -227,11 +251,13 @@ def write(found: list[Outcome], wrong: dict[int, str], first: int, minutes: floa
 Runs of {STEPS} steps on two hosts of this machine, a checkpoint every {EVERY} steps, patience of 4 s. Each is hit once, at a
 moment and on a host drawn from its seed, from the time that the hosts have met; then both are started again. Faults take
 turns, `seed mod {len(FAULTS)}`. A harmed checkpoint is the newest, all hosts killed; 'steps lost' were taken, and taken again.
+A fault may cost an interval and the steps taken while the checkpoint at its end was being written, which are an interval at
+most, since a save waits for the one before it; a harmed checkpoint costs an interval more.
 
-{results.table(("fault", "runs", "checkpoints passed over", "steps lost", "longest from fault to the last host's end"), rows)}
+{results.table(HEAD, rows)}
 
 {len(found)} of {total} runs, seeds {first} to {first + total - 1}, {minutes:.0f} minutes: these ended in time, went on from the
 newest whole checkpoint, and ended with the parameters, optimizer state and metrics of the run that was left alone, bit for
-bit. Otherwise: {wrong or "none"}.
+bit. Otherwise: {"; ".join(f"{seed}: {text.splitlines()[0]}" for seed, text in wrong.items()) or "none"}.
 """
     results.write("chaos", "Faults", body)

@@ -60,17 +60,34 @@ class Background:
             self.error = self.error or record.exc_info[1]
         return False
 
-    def wait(self, manager: Any) -> None:
+    @property
+    def hangs(self) -> bool:
+        """Whether a write did not end in time, by Orbax's clock or ours."""
+        return isinstance(self.error, TimeoutError)
+
+    def wait(self, manager: Any, *, timeout_s: float) -> None:
         """Waits for the manager's write under way.
 
+        Args:
+          manager: Orbax's.
+          timeout_s: how long, in seconds.
+
         Raises:
+          UserError: it takes longer; nobody waits for it again.
           Exception: what it met.
         """
-        if jax.process_count() > 1:
-            while manager.is_saving_in_progress():
-                if self.error is not None:
-                    raise self.error
-                time.sleep(POLL_S)
+        deadline = time.monotonic() + timeout_s
+        while manager.is_saving_in_progress() and self.error is None:
+            if time.monotonic() > deadline:
+                self.error = TimeoutError()
+            time.sleep(POLL_S)
+        if self.hangs:
+            raise UserError(
+                f"{manager.directory}: a checkpoint was not written in {timeout_s:g} s; the earlier ones are whole: does "
+                "the disk answer?"
+            ) from self.error
+        if self.error is not None and jax.process_count() > 1:
+            raise self.error
         manager.wait_until_finished()
         manager.check_for_errors()
 

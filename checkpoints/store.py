@@ -104,7 +104,7 @@ class Checkpoints(Frozen):
     def save(self, step: int, arrays: Any, metadata: Mapping[str, Any]) -> bool:
         """Copies the arrays and writes them in the background; the caller may change or donate them at once.
 
-        Waits for the previous write first, and reports its failure.
+        Waits for the previous write first, and reports its failure: of all checkpoints one at most is not on the disk yet.
 
         Args:
           step: optimizer steps done.
@@ -115,7 +115,7 @@ class Checkpoints(Frozen):
           Whether it was written: False where this object has saved or restored the same step.
 
         Raises:
-          UserError: the disk is full or may not be written to.
+          UserError: the disk is full or may not be written to, or the previous write does not end within `timeout_s`.
           TimeoutError: a process did not come within `timeout_s`.
         """
         import orbax.checkpoint as ocp
@@ -126,7 +126,7 @@ class Checkpoints(Frozen):
         with writing(self.folder):
             self._set_aside()
             manager = self._open()
-            self._background.wait(manager)
+            self._background.wait(manager, timeout_s=self.timeout_s)
             flat = {name: plain(leaf) for name, leaf in named_leaves(arrays).items()}
             # Orbax refuses what has no elements; the record alone can give it back.
             full = {name: leaf for name, leaf in flat.items() if leaf.size}
@@ -145,11 +145,11 @@ class Checkpoints(Frozen):
         """Waits for the write under way.
 
         Raises:
-          UserError: it failed for want of room or permission.
+          UserError: it failed for want of room or permission, or does not end within `timeout_s`.
         """
         if self._manager is not None:
             with writing(self.folder):
-                self._background.wait(self._manager)
+                self._background.wait(self._manager, timeout_s=self.timeout_s)
 
     def close(self) -> None:
         """Waits for the write under way and ends the threads; raises as `wait`."""
@@ -159,10 +159,10 @@ class Checkpoints(Frozen):
         self._background.close()
         with writing(self.folder):
             try:
-                self._background.wait(manager)
+                self._background.wait(manager, timeout_s=self.timeout_s)
             finally:
-                # On several hosts the others are not coming to where a failed write ends.
-                if self._background.error is None or jax.process_count() == 1:
+                # On several hosts the others are not coming to where a failed write ends; one that hangs comes nowhere.
+                if self._background.error is None or (jax.process_count() == 1 and not self._background.hangs):
                     manager.close()
 
     def __enter__(self) -> "Checkpoints":

@@ -7,7 +7,10 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint._src.checkpointers import async_checkpointer
 
 from checkpoints.leaves import checksums, content_hash
 from checkpoints.store import Checkpoints
@@ -264,6 +268,55 @@ def test_a_full_disk_is_one_line_and_the_earlier_checkpoint_stays(tmp_path):
     arrays, _ = Checkpoints(tmp_path).restore(value)
     np.testing.assert_array_equal(arrays["w"], value["w"])
     assert Checkpoints(tmp_path).steps() == [1]
+
+
+@contextmanager
+def slow_writes(monkeypatch, wait: Callable[[], object]):
+    """Between a checkpoint's last byte and its name, Orbax's thread waits."""
+    commit = async_checkpointer._background_wait_for_commit_futures
+
+    def slowly(directory, futures, on_commit, **rest):
+        commit(directory, futures, lambda: (wait(), on_commit()), **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(async_checkpointer, "_background_wait_for_commit_futures", slowly)
+        yield
+
+
+def test_writes_slower_than_the_interval_lose_nothing(tmp_path, monkeypatch):
+    """At every moment all checkpoints but the last are there, whole; a save waits for one write at most."""
+    took, steps = 0.2, [1, 2, 3, 4, 5]
+    begin = time.monotonic()
+    with slow_writes(monkeypatch, lambda: time.sleep(took)), Checkpoints(tmp_path, keep=9) as store:
+        for step in steps:
+            store.save(step, state(step), {"log": [step]})
+            assert store.steps() == steps[: step - 1]
+    assert len(steps) * took <= time.monotonic() - begin < 60
+    reading = Checkpoints(tmp_path, on_broken=pytest.fail)
+    assert reading.steps() == steps
+    for step in steps:
+        reading.verify(step)
+        arrays, metadata = reading.restore(abstract(state(step)), step)
+        assert_same(state(step), arrays)
+        assert metadata == {"log": [step]}
+    assert {path.name for path in tmp_path.iterdir()} == set(map(str, steps))
+
+
+def test_a_write_that_does_not_end_is_one_line(tmp_path, monkeypatch):
+    """Neither the next save nor the end waits for it for ever, and what was written before stays."""
+    answers = threading.Event()
+    saved(tmp_path, 1)
+    store = Checkpoints(tmp_path, timeout_s=1)
+    store.restore(abstract(state(1)))
+    with slow_writes(monkeypatch, answers.wait):
+        store.save(2, state(2), {})
+        for call in (lambda: store.save(3, state(3), {}), store.wait, store.close):
+            with pytest.raises(UserError, match=r"a checkpoint was not written in 1 s; the earlier ones are whole"):
+                call()
+        reading = Checkpoints(tmp_path, on_broken=pytest.fail)
+        assert reading.steps() == [1]
+        assert_same(state(1), reading.restore(abstract(state(1)))[0])
+        answers.set()
 
 
 def test_frozen_trees_are_written_once_and_known_by_content(tmp_path):
