@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from jaxtyping import Array, Float
 from partitioning.errors import UserError
 
 FILE = "metrics.jsonl"
+FLUSH_S = 60.0
+"""Between two flushes of TensorBoard's file; that for programs is flushed at every line."""
 
 
 def group_norms(flat: Mapping[str, Array], *, depth: int = 2) -> dict[str, Float[Array, ""]]:
@@ -58,6 +61,47 @@ def keep_until(path: Path, step: int) -> None:
     os.replace(aside, path)
 
 
+class Events:
+    """TensorBoard's file, written by the caller's thread, which meets a full disk itself.
+
+    tensorboardX's own writer leaves that to a thread: a full disk ends the thread, and calls then wait for it for ever.
+
+    Args:
+      folder: of the file.
+      suffix: of its name.
+      purge: readers forget earlier files' events from this step on; None for nothing.
+    """
+
+    def __init__(self, folder: Path, suffix: str, *, purge: int | None):
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        self._make, self._event = summary, event_pb2.Event
+        self._file = event_file_writer.EventsWriter(str(folder / "events"), suffix)
+        self._flushed = time.monotonic()
+        if purge is not None:
+            self._add(purge, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Adds numbers by name, at one step."""
+        for name, value in values.items():
+            self._add(step, summary=self._make.scalar(name, float(value)))
+        if time.monotonic() - self._flushed > FLUSH_S:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def text(self, step: int, name: str, value: str) -> None:
+        """Adds a text."""
+        self._add(step, summary=self._make.text(name, value))
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        self._file.close()
+
+    def _add(self, step: int, **what: Any) -> None:
+        self._file.write_event(self._event(wall_time=time.time(), step=step, **what))
+
+
 class MetricWriter:
     """Writes a run's scalars to `metrics.jsonl` and to TensorBoard event files in the same folder.
 
@@ -84,13 +128,10 @@ class MetricWriter:
             self._file = (self.folder / FILE).open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{self.folder}: metrics cannot be written there: {error.strerror}") from None
-        from tensorboardX import SummaryWriter
-
         # Events cannot be cut; a purge step makes readers forget those after it. File names begin with the second they
         # were made in and are read in order: the suffix keeps a start within the same second apart, and behind.
         suffix = f".{step:012d}.{os.getpid()}.{time.time_ns()}"
-        purge = step + 1 if step else None
-        self._events = SummaryWriter(str(self.folder), purge_step=purge, filename_suffix=suffix)
+        self._events = Events(self.folder, suffix, purge=step + 1 if step else None)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Appends one step's scalars; numbers or arrays of no axes (waits for them).
@@ -108,25 +149,40 @@ class MetricWriter:
         try:
             self._file.write(json.dumps({"step": step} | values) + "\n")
             self._file.flush()
-            for name, value in values.items():
-                self._events.add_scalar(name, float(value), step)
+            self._events.scalars(step, values)
         except OSError as error:
-            raise UserError(f"{self.folder / FILE}: metrics cannot be written: {error.strerror}") from None
+            # What is left in the buffers is not tried again at the end.
+            with suppress(UserError):
+                self.close()
+            raise self._unwritten(error) from None
 
     def text(self, name: str, value: str, *, step: int = 0) -> None:
         """Adds a text, such as the config, to the TensorBoard events."""
         if self._events is not None:
-            self._events.add_text(name, value, step)
+            self._events.text(step, name, value)
 
     def close(self) -> None:
-        """Flushes and closes both."""
-        if self._file is not None:
-            self._file.close()
-            self._events.close()
-            self._file = self._events = None
+        """Flushes and closes both.
+
+        Raises:
+          UserError: the disk is full.
+        """
+        file, events, self._file, self._events = self._file, self._events, None, None
+        if file is None:
+            return
+        try:
+            with closing(events):
+                file.close()
+        except OSError as error:
+            raise self._unwritten(error) from None
+
+    def _unwritten(self, error: OSError) -> UserError:
+        return UserError(f"{self.folder / FILE}: metrics cannot be written: {error.strerror}")
 
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # What ended the run is said, not what that entails.
+        with suppress(UserError) if kind else nullcontext():
+            self.close()

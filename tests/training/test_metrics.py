@@ -2,6 +2,8 @@
 
 import io
 import json
+import resource
+from contextlib import contextmanager
 from typing import Any
 
 import jax.numpy as jnp
@@ -57,6 +59,42 @@ def test_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="metrics cannot be written there"):
         MetricWriter(tmp_path / "run")
+
+
+@contextmanager
+def room(size):
+    """No file of this process grows beyond it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("names", "size"), [(1, 3000), (50, 20_000)])
+def test_a_full_disk_is_one_line(tmp_path, names, size):
+    """At whichever file it is met, and never waited for; what the buffers still hold is not tried again at the end."""
+
+    def run():
+        with room(size), MetricWriter(tmp_path) as writer:
+            for step in range(1, 400):
+                writer.write(step, {f"loss/{i}": 1.0 for i in range(names)})
+
+    with pytest.raises(UserError, match=r"metrics.jsonl: metrics cannot be written: File too large$"):
+        run()
+
+
+def test_what_ended_the_run_is_said_and_not_the_full_disk(tmp_path):
+    def run():
+        with room(2000), MetricWriter(tmp_path) as writer:
+            writer.write(1, {"loss": 1.0})
+            writer.text("config", "a" * 4000)
+            raise ValueError("left")
+
+    with pytest.raises(ValueError, match="left"):
+        run()
+    assert [line["step"] for line in lines(tmp_path)] == [1]
 
 
 def test_group_norms_are_those_of_the_concatenation():
