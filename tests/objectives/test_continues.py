@@ -6,7 +6,7 @@ from awkward import CASES
 from objectives import CausalLM, MaskedLM, Phases, PrefixLM, RandomTokens, Weighted
 
 MASKED = MaskedLM(select=RandomTokens(rate=0.2))
-LEFT_TO_RIGHT = {"clm", "meap", "cm3", "gpt_bert", "dpo", "experts", "grpo", "emo", "seq2seq"}
+LEFT_TO_RIGHT = {"clm", "clm, hybrid", "meap", "cm3", "gpt_bert", "dpo", "experts", "grpo", "emo", "seq2seq"}
 
 
 @pytest.mark.parametrize("name", CASES)
