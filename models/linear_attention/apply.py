@@ -28,6 +28,7 @@ def apply(
     form: Form,
     parts: Sequence[Float[Array, "..."]],
     resets: Bool[Array, "B S"],
+    present: Bool[Array, "B S"],
     state: Float[Array, "B H K V"],
     backend: Backend = "xla",
 ) -> tuple[Float[Array, "B S H V"], Float[Array, "B H K V"]]:
@@ -35,21 +36,29 @@ def apply(
 
     Args:
       form: 'decayed', 'gated' or 'delta', see the functions of these names.
-      parts: their arguments before `resets`.
+      parts: their arguments before `resets`; a gate may be given once for all tokens.
       resets: where a document begins.
+      present: which tokens are there; the others leave the state as it is.
       state: before the first token.
       backend: 'pallas' is a TPU's kernel for 'decayed'.
 
     Raises:
       UserError: a kernel where there is no TPU, for another form, or for rows that are cut along their length.
     """
+    q, k, v, *gates = parts
+    shown = lambda x: jnp.where(present.reshape(*present.shape, *(1,) * (x.ndim - 2)), x, 0)
+    each = [shown(jnp.broadcast_to(x, (*present.shape, *x.shape[2:]))) for x in (k, *gates)]
+    every = (q, each[0], v, *each[1:])
     if resets.shape[1] == 1:
-        return RECURRENT[form](*parts, resets, state)
+        return RECURRENT[form](*every, resets, state)
     if backend == "pallas":
-        return _by_kernel(form, parts, resets, state)
+        return _by_kernel(form, every, resets, state)
+    if form == "decayed":
+        # A decay that is the same for all tokens stays so: there is a faster way.
+        every = (q, each[0], v, *gates)
     if is_cut("length"):
-        return passed(form, parts, resets, state)
-    return CHUNKED[form](*parts, resets, state)
+        return passed(form, every, resets, present, state)
+    return CHUNKED[form](*every, resets, state, **({"present": present} if form == "decayed" else {}))
 
 
 def _by_kernel(form: Form, parts: Sequence[Any], resets: Any, state: Any) -> Any:
@@ -65,6 +74,5 @@ def _by_kernel(form: Form, parts: Sequence[Any], resets: Any, state: Any) -> Any
 
     row, whole = ("batch", "length", "heads", None), ("batch", "heads", None, None)
     q, k, v, log_decay = parts
-    log_decay = jnp.broadcast_to(log_decay, q.shape[:3])
     arrays = [(q, row), (k, row), (v, row), (log_decay, row[:3]), (resets, row[:2]), (state, whole)]
     return on_each_device(kernel, arrays, [(v.shape, row), (state.shape, whole)])

@@ -1,7 +1,6 @@
 """What all chunked forms share: rows cut into blocks of chunks, scanned with a state, each block computed again in the
 backward pass, so that memory grows with the states between blocks only."""
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -35,21 +34,41 @@ def scanned(
       The outputs and the last state.
     """
     length = next(iter(parts.values())).shape[1]
+    cut = {name: blocked(x, chunk, chunks) for name, x in parts.items()}
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def step(state: Array, part: dict[str, Array]) -> tuple[Array, Array]:
+        state, out = block(state, {name: turned(x) if x.ndim > 3 else x for name, x in part.items()})
+        return state, unturned(out)
+
+    state, out = jax.lax.scan(step, state, cut)
+    return unblocked(out, length), state
+
+
+def blocked(x: Array, chunk: int, chunks: int) -> Array:
+    """[B, S, ...] -> [blocks, B, chunks, chunk, ...], filled up with zeros; arguments as in `scanned`."""
+    rows, length = x.shape[:2]
     chunk = min(chunk, length)
     chunks = min(chunks, -(-length // chunk))
     blocks = -(-length // (chunk * chunks))
-    cut = {name: _cut(x, (blocks, chunks, chunk)) for name, x in parts.items()}
-    state, out = jax.lax.scan(partial(jax.checkpoint, prevent_cse=False)(block), state, cut)
-    blocks, rows, heads, chunks, chunk, width = out.shape
-    out = out.transpose(1, 0, 3, 4, 2, 5).reshape(rows, blocks * chunks * chunk, heads, width)
-    return out[:, :length], state
+    x = jnp.pad(x, ((0, 0), (0, blocks * chunks * chunk - length)) + ((0, 0),) * (x.ndim - 2))
+    return x.reshape(rows, blocks, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
 
 
-def _cut(x: Array, sizes: tuple[int, int, int]) -> Array:
-    """[B, S, H, ...] -> [blocks, B, H, chunks, chunk, ...]."""
-    missing = math.prod(sizes) - x.shape[1]
-    x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)).reshape(x.shape[0], *sizes, *x.shape[2:])
-    return x.swapaxes(0, 1) if x.ndim == 4 else x.transpose(1, 0, 4, 2, 3, *range(5, x.ndim))
+def unblocked(x: Array, length: int) -> Array:
+    """The reverse of `blocked`."""
+    x = x.swapaxes(0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[4:])[:, :length]
+
+
+def turned(x: Array) -> Array:
+    """[B, M, C, H, ...] -> [B, H, M, C, ...], for products of all heads; of one block, which stays in the caches."""
+    return jnp.moveaxis(x, 3, 1)
+
+
+def unturned(x: Array) -> Array:
+    """The reverse of `turned`."""
+    return jnp.moveaxis(x, 1, 3)
 
 
 def weights(g: Float[Array, "B H M C"], resets: Array) -> tuple[Float[Array, "B H M C C"], Float[Array, "B H M C"]]:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from models.linear_attention.blocks import scanned, weights
+from models.linear_attention.steady import steady
 
 
 def decayed(
@@ -15,8 +16,9 @@ def decayed(
     log_decay: Float[Array, "#B #S H"],
     resets: Bool[Array, "B S"],
     state: Float[Array, "B H K V"],
+    present: Bool[Array, "B S"] | None = None,
     *,
-    chunk: int = 64,
+    chunk: int | None = None,
     chunks: int = 8,
 ) -> tuple[Float[Array, "B S H V"], Float[Array, "B H K V"]]:
     """What `recurrence` computes, with matrix products inside a chunk and a state from chunk to chunk.
@@ -25,10 +27,11 @@ def decayed(
 
     Args:
       q, k, v: queries, keys and values; float32, bfloat16 or float64.
-      log_decay: g, at most 0, for each token or for all.
+      log_decay: g, at most 0, for each token or, faster, once for all.
       resets: where a document begins.
       state: before the first token; float32, or float64 with such inputs.
-      chunk, chunks: tokens of a chunk, and chunks multiplied at once.
+      present: which tokens are there, all by default; the others do not decay the state, and their keys have to be 0.
+      chunk, chunks: tokens of a chunk, 32 by default with one decay for all and 64 else; and chunks multiplied at once.
 
     Returns:
       The outputs in v's type, and the state behind the last token.
@@ -36,9 +39,12 @@ def decayed(
     Source: "Lightning Attention-2", Qin et al., 2024.
     Differs: documents packed in one row, any length, and decays that may differ by token.
     """
+    if log_decay.shape[:2] == (1, 1):
+        return steady(q, k, v, log_decay[0, 0], resets, state, present, chunk=chunk or 32, chunks=chunks)
     decay = jnp.broadcast_to(log_decay, q.shape[:3]).astype(state.dtype)
+    decay = decay if present is None else jnp.where(present[..., None], decay, 0)
     parts = {"q": q, "k": k, "v": v, "decay": decay, "resets": resets}
-    return scanned(_block, state, parts, chunk=chunk, chunks=chunks)
+    return scanned(_block, state, parts, chunk=chunk or 64, chunks=chunks)
 
 
 def _block(state, part):

@@ -156,7 +156,8 @@ class LinearizedAttention(Attention):
         heads = (maps(q, "query"), over_heads(keys, self.heads), over_heads(values, self.heads))
         parts = [constrain(x, "batch", "length", "heads", "kv") for x in heads]
         still = jnp.zeros((1, 1, self.heads), state.dtype)
-        return apply("decayed", (*parts, still), borders(context.segments, context.before), state)
+        begins = borders(context.segments, context.before)
+        return apply("decayed", (*parts, still), begins, context.segments > 0, state)
 
     def _past(self, k: Array, v: Array, context: Any) -> dict[str, Array]:
         """What the cache has, or nothing."""

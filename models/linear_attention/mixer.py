@@ -49,6 +49,8 @@ class LinearMixer(nnx.Module):
     def parts(self, hidden: Float[Array, "B S D"], context: Any) -> tuple[Parts, dict[str, Any]]:
         """Queries, keys, values and gates, as `form`'s function takes them, and what else the cache has to keep.
 
+        A gate that is the same for all tokens is [1, 1, H].
+
         `context.cache` has what was kept of earlier tokens; without one the text begins here.
         """
 
@@ -62,10 +64,8 @@ class LinearMixer(nnx.Module):
         """Mixes tokens; returns the result (at `context.at`, where it is given), the new cache entry and no taps."""
         check_linear(type(self).__name__, context)
         (q, k, v, *gates), kept = self.parts(hidden, context)
-        here = context.segments > 0
-        shown = lambda x: jnp.where(here.reshape(here.shape + (1,) * (x.ndim - 2)), x, 0)
-        k, gates = shown(k), [shown(jnp.broadcast_to(g, (*here.shape, *g.shape[2:]))) for g in gates]
-        cut = lambda x: constrain(x, "batch", "length", "heads", *("kv",) * (x.ndim - 3))
+        tokens = lambda x: ("batch", "length") if x.shape[:2] == hidden.shape[:2] else (None, None)
+        cut = lambda x: constrain(x, *tokens(x), "heads", *("kv",) * (x.ndim - 3))
         parts = [cut(x) for x in (q, k, v, *gates)]
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
         if context.cache is None:
@@ -73,7 +73,8 @@ class LinearMixer(nnx.Module):
         else:
             state = context.cache["state"]
         state = constrain(state, "batch", "heads", "kv", None)
-        mixed, state = apply(self.form, parts, borders(context.segments, context.before), state, self.backend)
+        begins = borders(context.segments, context.before)
+        mixed, state = apply(self.form, parts, begins, context.segments > 0, state, self.backend)
         cache = None if context.cache is None else kept | {"state": state}
         if context.at is not None:
             mixed, hidden = gather(mixed, context.at), gather(hidden, context.at)

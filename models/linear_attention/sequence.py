@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,11 @@ Effect = tuple[Array, Array, Array, Array]
 
 
 def passed(
-    form: str, parts: Sequence[Float[Array, ...]], resets: Bool[Array, "B S"], state: Float[Array, "B H K V"]
+    form: str,
+    parts: Sequence[Float[Array, ...]],
+    resets: Bool[Array, "B S"],
+    present: Bool[Array, "B S"],
+    state: Float[Array, "B H K V"],
 ) -> tuple[Float[Array, "B S H V"], Float[Array, "B H K V"]]:
     """What the chunked form computes, for rows whose length the rules in scope cut.
 
@@ -31,26 +34,26 @@ def passed(
     the state that comes to them.
 
     Args:
-      form, parts, resets, state: as in `apply`.
+      form, parts, resets, present, state: as in `apply`.
 
     Source: "Linear Attention Sequence Parallelism", Sun et al., 2024.
     Differs: states are gathered, not sent from neighbour to neighbour; decays, borders of documents and the delta rule.
     """
-    each = [jnp.broadcast_to(x, (*resets.shape, *x.shape[2:])) for x in parts]
-    arrays = [(x, (*ROW, *(None,) * (x.ndim - 3))) for x in each]
+    names = lambda x: (*(ROW[:2] if x.shape[:2] == resets.shape else (None, None)), "heads", *(None,) * (x.ndim - 3))
+    arrays = [(x, names(x)) for x in parts]
     whole = ("batch", "heads", None, None)
-    outputs = (*each[0].shape[:3], state.shape[-1])
+    outputs = (*parts[0].shape[:3], state.shape[-1])
     return along(
         "length",
         lambda places, *given: _part(form, places, *given),
-        [*arrays, (resets, ROW[:2]), (state, whole)],
+        [*arrays, (resets, ROW[:2]), (present, ROW[:2]), (state, whole)],
         [(outputs, (*ROW, None)), (state.shape, whole)],
     )
 
 
 def _part(form: str, places: tuple[str, ...], *given: Array) -> tuple[Array, Array]:
-    *parts, resets, state = given
-    out, last, reads, left = EFFECTS[form](parts, resets, jnp.zeros_like(state))
+    *parts, resets, present, state = given
+    out, last, reads, left = EFFECTS[form](parts, resets, present, jnp.zeros_like(state))
     lasts, lefts = (jax.lax.all_gather(x, places) for x in (last, left))
     incoming = [state]
     for after, kept in zip(lasts, lefts, strict=True):
@@ -62,23 +65,28 @@ def _part(form: str, places: tuple[str, ...], *given: Array) -> tuple[Array, Arr
     return wide.astype(out.dtype), incoming[-1]
 
 
-def _diagonal(form: Callable[..., Any]) -> Callable[..., Effect]:
+def _decayed(parts: Sequence[Array], resets: Array, present: Array, empty: Array) -> Effect:
+    *_, log_decay = parts
+    decays = jnp.where(present[..., None], log_decay, 0)
+    return _diagonal(decayed(*parts, resets, empty, present), parts[0], decays[..., None], resets, empty)
+
+
+def _gated(parts: Sequence[Array], resets: Array, present: Array, empty: Array) -> Effect:
+    del present
+    return _diagonal(gated(*parts, resets, empty), parts[0], parts[-1], resets, empty)
+
+
+def _diagonal(made: tuple[Array, Array], q: Array, log_decay: Array, resets: Array, empty: Array) -> Effect:
     """The effect of a form whose state decays by itself."""
-
-    def effect(parts: Sequence[Array], resets: Array, empty: Array) -> Effect:
-        q, k, v, log_decay = parts
-        out, last = form(q, k, v, log_decay, resets, empty)
-        sums = jnp.cumsum(jnp.maximum(log_decay, LEAST).astype(empty.dtype), axis=1)
-        sums = sums[..., None] if sums.ndim < q.ndim else sums
-        first = (jnp.cumsum(resets, axis=1) == 0)[..., None, None]
-        until = jnp.broadcast_to(jnp.where(first, jnp.exp(sums), 0), q.shape)
-        return out, last, until * q.astype(empty.dtype), until[:, -1]
-
-    return effect
+    sums = jnp.cumsum(jnp.maximum(log_decay, LEAST).astype(empty.dtype), axis=1)
+    first = (jnp.cumsum(resets, axis=1) == 0)[..., None, None]
+    until = jnp.broadcast_to(jnp.where(first, jnp.exp(sums), 0), q.shape)
+    return *made, until * q.astype(empty.dtype), until[:, -1]
 
 
-def _delta(parts: Sequence[Array], resets: Array, empty: Array) -> Effect:
+def _delta(parts: Sequence[Array], resets: Array, present: Array, empty: Array) -> Effect:
     """The rule is linear in the state: with nothing to write, it makes of the identity what is left of any state."""
+    del present
     q, k, v, rate, log_decay = parts
     size, width = empty.shape[-2:]
     identity = jnp.broadcast_to(jnp.eye(size, dtype=empty.dtype), (*empty.shape[:2], size, size))
@@ -89,4 +97,4 @@ def _delta(parts: Sequence[Array], resets: Array, empty: Array) -> Effect:
     return out[..., :width], last[..., :width], out[..., width:].astype(empty.dtype), last[..., width:]
 
 
-EFFECTS: dict[str, Callable[..., Effect]] = {"decayed": _diagonal(decayed), "gated": _diagonal(gated), "delta": _delta}
+EFFECTS: dict[str, Callable[..., Effect]] = {"decayed": _decayed, "gated": _gated, "delta": _delta}

@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_inputs import inputs, ordered
+from linear_inputs import inputs, ordered, piece
 
 from models.linear_attention.decayed import decayed
 from models.linear_attention.delta import delta, unit_lower_inverse
 from models.linear_attention.gated import gated
 from models.linear_attention.recurrence import delta_recurrence, recurrence
 
+DECAYED = (decayed, lambda q, k, v, g, *rest: recurrence(q, k, v, g[..., None], *rest))
 # Each chunked form, and the recurrence that it is a form of.
 FORMS = {
-    "decayed": (decayed, lambda q, k, v, g, *rest: recurrence(q, k, v, g[..., None], *rest)),
+    "decayed": DECAYED,
+    "steady": DECAYED,
     "gated": (gated, recurrence),
     "delta": (delta, delta_recurrence),
 }
@@ -94,10 +96,10 @@ def test_chunks_and_calls_change_nothing(name, length, chunk, chunks, cut, seed)
     @jax.jit
     def all_ways(parts, resets, state):
         first, outs = state, []
-        for piece in (slice(0, cut), slice(cut, length)):
-            if piece.start < piece.stop:
-                here = {key: value[:, piece] for key, value in parts.items()}
-                out, state = form(*ordered(here), resets[:, piece], state, chunk=chunk, chunks=chunks)
+        for here in (slice(0, cut), slice(cut, length)):
+            if here.start < here.stop:
+                given = ordered(piece(parts, here))
+                out, state = form(*given, resets[:, here], state, chunk=chunk, chunks=chunks)
                 outs.append(out)
         whole = form(*ordered(parts), resets, first, chunk=chunk, chunks=chunks)
         return step(*ordered(parts), resets, first), whole, (jnp.concatenate(outs, axis=1), state)
@@ -116,10 +118,32 @@ def test_the_second_document_does_not_see_the_first(name):
     parts, _, state = inputs(name, 1, 50)
     resets = jnp.arange(50)[None] == 21
     out, last = form(*ordered(parts), resets, state)
-    alone = {key: value[:, 21:] for key, value in parts.items()}
+    alone = piece(parts, slice(21, None))
     expected = form(*ordered(alone), resets[:, 21:], jnp.zeros_like(state))
     np.testing.assert_allclose(out[:, 21:], expected[0], rtol=1e-11, atol=1e-13)
     np.testing.assert_allclose(last, expected[1], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("name", ["decayed", "steady"])
+def test_tokens_that_are_not_there_decay_nothing(name):
+    """Outputs of the others, every gradient and the last state are those of the row without them, wherever they stand."""
+    parts, resets, state = inputs(name, 1, 60, strength=0.3)
+    there = np.random.default_rng(5).random(60) < 0.7
+    resets = resets & there
+    given = {**parts, "k": jnp.where(there[:, None, None], parts["k"], 0)}
+    all_of = lambda g: decayed(*ordered(given | {"log_decay": g}), resets, state, jnp.asarray(there)[None], chunk=8)
+    few = piece(parts, there)
+    some_of = lambda g: DECAYED[1](*ordered(few | {"log_decay": g}), resets[:, there], state)
+    slopes = []
+    for run, pick, g in ((all_of, there, given["log_decay"]), (some_of, slice(None), few["log_decay"])):
+        total = lambda g, run=run, pick=pick: (lambda out, last: jnp.sin(out[:, pick]).sum() + last.sum())(*run(g))
+        slopes.append(jax.grad(total)(g))
+    (out, last), right = all_of(given["log_decay"]), some_of(few["log_decay"])
+    np.testing.assert_allclose(out[:, there], right[0], rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(last, right[1], rtol=1e-11, atol=1e-13)
+    slope = slopes[0] if name == "steady" else slopes[0][:, there]
+    np.testing.assert_allclose(slope, slopes[1], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.usefixtures("_float64")
@@ -142,15 +166,18 @@ def test_a_gradient_by_finite_differences():
 def test_float32_is_as_exact_as_the_recurrence(name, strength):
     """Errors against float64 are at most twice those of the recurrence in float32, in every result."""
     form, step = FORMS[name]
-    with jax.enable_x64(True):
-        parts, resets, state = inputs(name, 2, 300, strength=strength, K=16)
-        parts, state = jax.tree.map(lambda x: x.astype(jnp.float32), (parts, state))
-        right = results(
-            step, *jax.tree.map(lambda x: x.astype(jnp.float64), (parts,)), resets, state.astype(jnp.float64)
-        )
-    rms = lambda found: {n: float(np.sqrt(np.mean((np.float64(found[n]) - x) ** 2))) for n, x in right.items()}
-    found, plain = rms(results(form, parts, resets, state)), rms(results(step, parts, resets, state))
-    assert all(found[n] <= 2 * plain[n] for n in right), {n: found[n] / plain[n] for n in right}
+    found, plain = {}, {}
+    # One decay's gradient is a single number a head, whose error is luck: three draws.
+    for seed in range(3):
+        with jax.enable_x64(True):
+            parts, resets, state = inputs(name, 2, 300, strength=strength, K=16, seed=seed)
+            parts, state = jax.tree.map(lambda x: x.astype(jnp.float32), (parts, state))
+            wide = jax.tree.map(lambda x: x.astype(jnp.float64), (parts, state))
+            right = results(step, wide[0], resets, wide[1])
+        for run, errors in ((form, found), (step, plain)):
+            for n, x in results(run, parts, resets, state).items():
+                errors[n] = errors.get(n, 0) + float(np.mean((np.float64(x) - right[n]) ** 2))
+    assert all(found[n] <= 2**2 * plain[n] for n in found), {n: (found[n] / plain[n]) ** 0.5 for n in found}
 
 
 @pytest.mark.parametrize("name", FORMS)

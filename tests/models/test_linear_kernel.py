@@ -67,7 +67,9 @@ def test_a_mesh_gives_each_device_its_part(monkeypatch):
     *parts, resets, state = (jnp.concatenate([x] * 2) for x in given(20))
     right = plain(*parts, resets, state)
     with fsdp_tensor(2).place(jax.devices()[:4]).scope():
-        found = jax.jit(lambda *x: calls.apply("decayed", x[:4], *x[4:], "pallas"))(*parts, resets, state)
+        found = jax.jit(lambda *x: calls.apply("decayed", x[:4], *x[4:], "pallas"))(
+            *parts, resets, resets | True, state
+        )
     for one, other in zip(found, right, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
@@ -76,13 +78,13 @@ def test_what_it_cannot_compute_it_refuses(monkeypatch):
     *parts, resets, state = given(16)
     says = "linear attention's backend = 'pallas' cannot compute {}: use 'xla'"
     with pytest.raises(UserError, match=says.format("without a TPU")):
-        calls.apply("decayed", parts, resets, state, "pallas")
+        calls.apply("decayed", parts, resets, resets | True, state, "pallas")
     monkeypatch.setattr(calls, "platform", lambda: "tpu")
     with pytest.raises(UserError, match=says.format("the form 'gated'")):
-        calls.apply("gated", parts, resets, state, "pallas")
+        calls.apply("gated", parts, resets, resets | True, state, "pallas")
     cut = fsdp_sequence(2).place().scope()
     with cut, pytest.raises(UserError, match=says.format("rows that are cut along their length")):
-        calls.apply("decayed", parts, resets, state, "pallas")
+        calls.apply("decayed", parts, resets, resets | True, state, "pallas")
 
 
 @pytest.mark.long

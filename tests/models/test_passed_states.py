@@ -21,11 +21,11 @@ S = 16
 PURE = partial(Trunk, width=16, layers=3, mixer=partial(LightningAttention, heads=2, layers=3), vocab_multiple=8)
 
 
-def results(run, parts, resets, state):
+def results(run, parts, resets, present, state):
     """Outputs, last state, and the gradients of a sum over both by every input."""
 
     def total(parts, state):
-        out, last = run(ordered(parts), resets, state)
+        out, last = run(ordered(parts), resets, present, state)
         weigh = lambda x: (jnp.sin(x) * (1 + jnp.arange(x.size).reshape(x.shape) % 7)).sum()
         return weigh(out) + weigh(last), (out, last)
 
@@ -33,24 +33,22 @@ def results(run, parts, resets, state):
     return {"out": values[0], "last": values[1], "state": gradients[1], **gradients[0]}
 
 
-@pytest.mark.parametrize("form", CHUNKED)
+@pytest.mark.parametrize("form", [*CHUNKED, "steady"])
 @pytest.mark.parametrize("ways", [2, pytest.param(4, marks=pytest.mark.long), 8])
 def test_every_result_is_that_of_one_device(form, ways):
-    """In float64, with borders anywhere, on the cuts and beside them too."""
+    """In float64, with borders anywhere, on the cuts and beside them too, and with tokens that are not there."""
     with jax.enable_x64(True):
         parts, _, state = inputs(form, 8, S)
+        form = "decayed" if form == "steady" else form
         resets = np.random.default_rng(3).random((8, S)) < 0.1
         resets[1, S // ways], resets[2, S // ways - 1], resets[3], resets[4] = True, True, False, True
-        given = parts, jnp.asarray(resets), state
-        one = results(partial(_on_one, form), *given)
+        there = jnp.asarray((np.arange(8) > 0)[:, None] | (np.arange(S) % 5 > 0))
+        given = parts, jnp.asarray(resets), there, state
+        one = results(partial(apply, form), *given)
         with fsdp_sequence(ways).place().scope():
             cut = results(partial(apply, form), *given)
     for name, right in one.items():
         np.testing.assert_allclose(cut[name], right, rtol=0, atol=1e-10 * np.abs(right).max(), err_msg=name)
-
-
-def _on_one(form, parts, resets, state):
-    return CHUNKED[form](*parts, resets, state)
 
 
 def step(model, rules, count):

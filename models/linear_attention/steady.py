@@ -1,0 +1,129 @@
+"""Linear attention whose decays are the same for all tokens: powers by distance, and a gradient written out."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from models.linear_attention.blocks import LEAST, blocked, turned, unblocked, unturned
+
+
+def steady(
+    q: Float[Array, "B S H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H V"],
+    log_decay: Float[Array, H],
+    resets: Bool[Array, "B S"],
+    state: Float[Array, "B H K V"],
+    present: Bool[Array, "B S"] | None = None,
+    *,
+    chunk: int,
+    chunks: int,
+) -> tuple[Float[Array, "B S H V"], Float[Array, "B H K V"]]:
+    """What `decayed` computes where one g is every token's: exp(g_{j+1} + .. + g_i) = exp(g n), n the tokens from j to i.
+
+    Autodiff would keep or compute again what the gradient has no use for; here a block keeps the states before its chunks.
+
+    Args:
+      q, k, v, resets, state: as in `decayed`.
+      log_decay: g of each head, at most 0.
+      present: as in `decayed`; the others are no distance.
+      chunk, chunks: as in `decayed`.
+
+    Source: "Lightning Attention-2", Qin et al., 2024.
+    Differs: as `decayed`.
+    """
+    g = jnp.maximum(log_decay, LEAST).astype(state.dtype)
+    present = jnp.ones_like(resets) if present is None else present
+    return _steady(q, k, v, g, state, resets, present, chunk, chunks)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _steady(q, k, v, g, state, resets, present, chunk, chunks):
+    return _forward(q, k, v, g, state, resets, present, chunk, chunks)[0]
+
+
+def _forward(q, k, v, g, state, resets, present, chunk, chunks):
+    product = partial(jnp.einsum, preferred_element_type=g.dtype)
+
+    def block(state, part):
+        q, k, v = (turned(x) for x in part[:3])
+        far = _Decays(g, *part[3:])
+        scores = product("bhmik,bhmjk->bhmij", q, k) * far.within
+        out = product("bhmij,bhmjv->bhmiv", scores.astype(v.dtype), v)
+        added = product("bhmjk,bhmjv->bhmkv", (far.left * k).astype(v.dtype), v)
+        before = []
+        for m in range(q.shape[2]):
+            before.append(state)
+            state = far.whole[:, :, m] * state + added[:, :, m]
+        before = jnp.stack(before, axis=2)
+        out = out + far.until * product("bhmik,bhmkv->bhmiv", q.astype(g.dtype), before)
+        return state, (unturned(out.astype(v.dtype)), before)
+
+    parts = [blocked(x, chunk, chunks) for x in (q, k, v, resets, present)]
+    last, (out, before) = jax.lax.scan(block, state, parts)
+    return (unblocked(out, q.shape[1]), last), (q, k, v, g, resets, present, before)
+
+
+def _backward(chunk, chunks, kept, slopes):
+    q, k, v, g, resets, present, before = kept
+    product = partial(jnp.einsum, preferred_element_type=g.dtype)
+
+    def block(carry, part):
+        d_state, d_g = carry
+        q, k, v, d_out = (turned(x) for x in part[:4])
+        before, far = part[-1], _Decays(g, *part[4:-1])
+        low, wide = lambda x: x.astype(v.dtype), lambda x: x.astype(g.dtype)
+        scores = product("bhmik,bhmjk->bhmij", q, k) * far.within
+        d_scores = product("bhmiv,bhmjv->bhmij", d_out, v)
+        read = product("bhmik,bhmiv->bhmkv", low(far.until * q), d_out)
+        after = []
+        for m in reversed(range(q.shape[2])):
+            after.append(d_state)
+            d_state = far.whole[:, :, m] * d_state + read[:, :, m]
+        after = jnp.stack(after[::-1], axis=2)
+        q_far = far.until * product("bhmiv,bhmkv->bhmik", wide(d_out), before)
+        k_far = far.left * product("bhmjv,bhmkv->bhmjk", wide(v), after)
+        v_far = far.left * product("bhmjk,bhmkv->bhmjv", wide(k), after)
+        # Each power is d exp(g n) / dg = n exp(g n).
+        for n, x in (
+            (far.apart, scores * d_scores),
+            (far.place, (q * q_far).sum(-1, keepdims=True)),
+            (far.behind, (k * k_far).sum(-1, keepdims=True)),
+            (far.size, far.whole * (before * after).sum((-2, -1), keepdims=True)),
+        ):
+            d_g = d_g + (n * x).sum((0, 2, 3, 4))
+        d_scores = low(d_scores * far.within)
+        d_q = product("bhmij,bhmjk->bhmik", d_scores, k) + q_far
+        d_k = product("bhmij,bhmik->bhmjk", d_scores, q) + k_far
+        d_v = product("bhmij,bhmiv->bhmjv", low(scores), d_out) + v_far
+        return (d_state, d_g), tuple(unturned(x.astype(y.dtype)) for x, y in ((d_q, q), (d_k, k), (d_v, v)))
+
+    d_out, d_last = slopes
+    parts = [blocked(x, chunk, chunks) for x in (q, k, v, d_out, resets, present)]
+    (d_state, d_g), found = jax.lax.scan(block, (d_last, jnp.zeros_like(g)), (*parts, before), reverse=True)
+    return *(unblocked(x, q.shape[1]) for x in found), d_g, d_state, None, None
+
+
+_steady.defvjp(_forward, _backward)
+
+
+class _Decays:
+    """The powers that a block's chunks need, 0 across a border of documents, and their exponents, as [B, H, M, C, C],
+    [B, H, M, C, 1] or [B, H, M, 1, 1]."""
+
+    def __init__(self, g: Float[Array, H], resets: Bool[Array, "B M C"], present: Bool[Array, "B M C"]):
+        document = jnp.cumsum(resets, axis=-1)[:, None, ..., None]
+        place = jnp.cumsum(present, axis=-1)[:, None, ..., None]
+        across = lambda x: x.swapaxes(-1, -2)
+        seen = (document == across(document)) & jnp.tri(resets.shape[-1], dtype=bool)
+        power: Any = lambda n, where: jnp.where(where, jnp.exp(g[:, None, None, None] * n), 0)
+        first, self.size = document == 0, place[..., -1:, :]
+        self.place, self.apart, self.behind = place, place - across(place), self.size - place
+        self.within, self.until = power(self.apart, seen), power(place, first)
+        self.left = power(self.behind, document == document[..., -1:, :])
+        self.whole = self.until[..., -1:, :]
