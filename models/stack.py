@@ -180,6 +180,12 @@ class Stack(nnx.Module):
             entries[f"scanned/{k}"] = jax.tree.map(lambda x: jnp.zeros((self.repetitions, *x.shape), x.dtype), one)
         return entries
 
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether some layer's cache entry grows with the tokens it has room for."""
+        sizes = [jax.eval_shape(partial(self.empty_cache, 1, capacity, jnp.float32)) for capacity in (1, 2)]
+        return sizes[0] != sizes[1]
+
     def checked_cache(self, entries: dict[str, Any], rows: int, capacity: int, dtype: Any) -> dict[str, Any]:
         """The entries, if they are a cache of this stack.
 

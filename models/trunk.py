@@ -233,14 +233,15 @@ class Trunk(nnx.Module):
         query = Tokens(start + jnp.arange(x.shape[1], dtype=jnp.int32), segments, positions)
         key, entries = query, None
         if cache is not None:
+            rows, capacity = cache["segments"].shape
+            entries = self.stack.checked_cache(cache["entries"], rows, capacity, self.dtype)
+        if cache is not None and self.stack.keeps_tokens:
             write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
             key = Tokens(
                 jnp.arange(cache["segments"].shape[1], dtype=jnp.int32),
                 write(cache["segments"], segments),
                 write(cache["positions"], positions),
             )
-            rows, capacity = cache["segments"].shape
-            entries = self.stack.checked_cache(cache["entries"], rows, capacity, self.dtype)
         asked = Bidirectional() if mask is None else mask
 
         def visible(own: Mask | None) -> tuple[Any, Mask]:
@@ -269,8 +270,8 @@ class Trunk(nnx.Module):
             new = {
                 "length": start + segments.shape[1],
                 "document": last_documents(segments, cache["document"])[:, -1],
-                "segments": key.segments,
-                "positions": key.positions,
+                "segments": key.segments if self.stack.keeps_tokens else cache["segments"],
+                "positions": key.positions if self.stack.keeps_tokens else cache["positions"],
                 "entries": entries,
             } | {name: kept for name, kept in cache.items() if name == "memory"}
         tapped: dict[str, Any] = {}
@@ -301,7 +302,11 @@ class Trunk(nnx.Module):
         memory: Float[Array, "B M D"] | None = None,
         memory_segments: Int[Array, "B M"] | None = None,
     ) -> dict[str, Any]:
-        """Room for `capacity` tokens of `rows` rows, and what the layers read of a memory, where there is one."""
+        """Room for `capacity` tokens of `rows` rows, and what the layers read of a memory, where there is one.
+
+        Where all layers keep states of a fixed size, tokens need no room.
+        """
+        capacity = capacity if self.stack.keeps_tokens else 0
         known = {}
         if memory is not None:
             known = {"memory": {"entries": self.stack.remember(memory), "segments": memory_segments}}

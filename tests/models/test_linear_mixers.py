@@ -194,6 +194,18 @@ def test_calls_and_tokens_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_linear_trunk_keeps_a_state_and_nothing_else(name):
+    """Room for tokens costs neither bytes nor a mask of them; one softmax layer needs both."""
+    model, room = trunk(name), 4096
+    one = jnp.ones((3, 1), jnp.int32)
+    cache = model.empty_cache(3, room)
+    run = nnx.jit(states).lower(model, one, one, one, cache=cache).compile().as_text()
+    size = lambda cache: sum(x.nbytes for x in jax.tree.leaves(cache))
+    grows = name == "hybrid"
+    assert (size(cache) > size(model.empty_cache(3, 1)), f"{room}]" in run or f"{room}," in run) == (grows, grows)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_generation_is_reading_again(name):
     """Prompts of unequal length, the last document of each goes on: every token is the best after the text so far."""
     model = trunk(name)
