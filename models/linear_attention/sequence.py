@@ -66,14 +66,15 @@ def _part(form: str, places: tuple[str, ...], *given: Array) -> tuple[Array, Arr
 
 
 def _decayed(parts: Sequence[Array], resets: Array, present: Array, empty: Array) -> Effect:
-    *_, log_decay = parts
+    q, k, v, log_decay = parts
     decays = jnp.where(present[..., None], log_decay, 0)
-    return _diagonal(decayed(*parts, resets, empty, present), parts[0], decays[..., None], resets, empty)
+    return _diagonal(decayed(q, k, v, log_decay, resets, empty, present), q, decays[..., None], resets, empty)
 
 
 def _gated(parts: Sequence[Array], resets: Array, present: Array, empty: Array) -> Effect:
     del present
-    return _diagonal(gated(*parts, resets, empty), parts[0], parts[-1], resets, empty)
+    q, k, v, log_decay = parts
+    return _diagonal(gated(q, k, v, log_decay, resets, empty), q, log_decay, resets, empty)
 
 
 def _diagonal(made: tuple[Array, Array], q: Array, log_decay: Array, resets: Array, empty: Array) -> Effect:

@@ -56,11 +56,11 @@ def _forward(q, k, v, g, state, resets, present, chunk, chunks):
         scores = product("bhmik,bhmjk->bhmij", q, k) * far.within
         out = product("bhmij,bhmjv->bhmiv", scores.astype(v.dtype), v)
         added = product("bhmjk,bhmjv->bhmkv", (far.left * k).astype(v.dtype), v)
-        before = []
+        passed = []
         for m in range(q.shape[2]):
-            before.append(state)
+            passed.append(state)
             state = far.whole[:, :, m] * state + added[:, :, m]
-        before = jnp.stack(before, axis=2)
+        before = jnp.stack(passed, axis=2)
         out = out + far.until * product("bhmik,bhmkv->bhmiv", q.astype(g.dtype), before)
         return state, (unturned(out.astype(v.dtype)), before)
 
@@ -81,11 +81,11 @@ def _backward(chunk, chunks, kept, slopes):
         scores = product("bhmik,bhmjk->bhmij", q, k) * far.within
         d_scores = product("bhmiv,bhmjv->bhmij", d_out, v)
         read = product("bhmik,bhmiv->bhmkv", low(far.until * q), d_out)
-        after = []
+        passed = []
         for m in reversed(range(q.shape[2])):
-            after.append(d_state)
+            passed.append(d_state)
             d_state = far.whole[:, :, m] * d_state + read[:, :, m]
-        after = jnp.stack(after[::-1], axis=2)
+        after = jnp.stack(passed[::-1], axis=2)
         q_far = far.until * product("bhmiv,bhmkv->bhmik", wide(d_out), before)
         k_far = far.left * product("bhmjv,bhmkv->bhmjk", wide(v), after)
         v_far = far.left * product("bhmjk,bhmkv->bhmjv", wide(k), after)
