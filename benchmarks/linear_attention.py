@@ -182,7 +182,7 @@ def _against(form: str, ways: tuple[str, ...], length: int, backward: bool) -> A
     contestants = [
         Contestant(how, __name__, "side", form=form, how=how, length=length, backward=backward) for how in ways
     ]
-    return alternate(contestants, wanted=3, times=1), contestants
+    return alternate(contestants, wanted=3, times=3), contestants
 
 
 def main() -> None:
@@ -211,7 +211,7 @@ def main() -> None:
         for how, sizes in (("by chunks", sorted({*SOFTMAX, *LENGTHS})), ("softmax", SOFTMAX))
         for n in sizes
     ]
-    found = alternate(unique, wanted=2, times=1)
+    found = alternate(unique, wanted=2, times=3)
     notes.append(f"- by length: {found.note()}.")
     told = {one.name: (1e6 * found.seconds(one.name), one.facts["temporary"]) for one in unique}
     by_length = []
