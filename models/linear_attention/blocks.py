@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from partitioning import platform
+
 # exp of it is 0 in float32; a gate that is shut has -inf, and sums of that have no gradient.
 LEAST = -200.0
 
@@ -69,6 +71,12 @@ def turned(x: Array) -> Array:
 def unturned(x: Array) -> Array:
     """The reverse of `turned`."""
     return jnp.moveaxis(x, 1, 3)
+
+
+def across(x: Float[Array, "*B I J"]) -> Float[Array, "*B J I"]:
+    """The transposed matrices, on a CPU as arrays of their own: XLA's fast products there read the left side by rows."""
+    x = x.swapaxes(-1, -2)
+    return jax.lax.optimization_barrier(x) if platform() == "cpu" else x
 
 
 def weights(g: Float[Array, "B H M C"], resets: Array) -> tuple[Float[Array, "B H M C C"], Float[Array, "B H M C"]]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from models.linear_attention.blocks import LEAST, blocked, turned, unblocked, unturned
+from models.linear_attention.blocks import LEAST, across, blocked, turned, unblocked, unturned
 
 
 def steady(
@@ -55,7 +55,7 @@ def _forward(q, k, v, g, state, resets, present, chunk, chunks):
         far = _Decays(g, *part[3:])
         scores = product("bhmik,bhmjk->bhmij", q, k) * far.within
         out = product("bhmij,bhmjv->bhmiv", scores.astype(v.dtype), v)
-        added = product("bhmjk,bhmjv->bhmkv", (far.left * k).astype(v.dtype), v)
+        added = product("bhmkj,bhmjv->bhmkv", across((far.left * k).astype(v.dtype)), v)
         passed = []
         for m in range(q.shape[2]):
             passed.append(state)
@@ -80,7 +80,7 @@ def _backward(chunk, chunks, kept, slopes):
         low, wide = lambda x: x.astype(v.dtype), lambda x: x.astype(g.dtype)
         scores = product("bhmik,bhmjk->bhmij", q, k) * far.within
         d_scores = product("bhmiv,bhmjv->bhmij", d_out, v)
-        read = product("bhmik,bhmiv->bhmkv", low(far.until * q), d_out)
+        read = product("bhmki,bhmiv->bhmkv", across(low(far.until * q)), d_out)
         passed = []
         for m in reversed(range(q.shape[2])):
             passed.append(d_state)
@@ -99,8 +99,8 @@ def _backward(chunk, chunks, kept, slopes):
             d_g = d_g + (n * x).sum((0, 2, 3, 4))
         d_scores = low(d_scores * far.within)
         d_q = product("bhmij,bhmjk->bhmik", d_scores, k) + q_far
-        d_k = product("bhmij,bhmik->bhmjk", d_scores, q) + k_far
-        d_v = product("bhmij,bhmiv->bhmjv", low(scores), d_out) + v_far
+        d_k = product("bhmji,bhmik->bhmjk", across(d_scores), q) + k_far
+        d_v = product("bhmji,bhmiv->bhmjv", across(low(scores)), d_out) + v_far
         return (d_state, d_g), tuple(unturned(x.astype(y.dtype)) for x, y in ((d_q, q), (d_k, k), (d_v, v)))
 
     d_out, d_last = slopes
@@ -119,11 +119,11 @@ class _Decays:
     def __init__(self, g: Float[Array, H], resets: Bool[Array, "B M C"], present: Bool[Array, "B M C"]):
         document = jnp.cumsum(resets, axis=-1)[:, None, ..., None]
         place = jnp.cumsum(present, axis=-1)[:, None, ..., None]
-        across = lambda x: x.swapaxes(-1, -2)
-        seen = (document == across(document)) & jnp.tri(resets.shape[-1], dtype=bool)
+        turn = lambda x: x.swapaxes(-1, -2)
+        seen = (document == turn(document)) & jnp.tri(resets.shape[-1], dtype=bool)
         power: Any = lambda n, where: jnp.where(where, jnp.exp(g[:, None, None, None] * n), 0)
         first, self.size = document == 0, place[..., -1:, :]
-        self.place, self.apart, self.behind = place, place - across(place), self.size - place
+        self.place, self.apart, self.behind = place, place - turn(place), self.size - place
         self.within, self.until = power(self.apart, seen), power(place, first)
         self.left = power(self.behind, document == document[..., -1:, :])
         self.whole = self.until[..., -1:, :]
