@@ -12,7 +12,6 @@ from models.decoding.sampler import Greedy as Greedy
 from models.decoding.sampler import Sampler as Sampler
 from models.disentangled import DisentangledAttention as DisentangledAttention
 from models.encoder_decoder import EncoderDecoder as EncoderDecoder
-from models.experts import Experts as Experts
 from models.families.bert import bert as bert
 from models.families.deberta import deberta as deberta
 from models.families.llama import llama as llama
@@ -42,6 +41,13 @@ from models.masks import Permutation as Permutation
 from models.masks import Prefix as Prefix
 from models.masks import Sentinel as Sentinel
 from models.masks import Window as Window
+from models.mixture.by_token import HashRouter as HashRouter
+from models.mixture.by_token import MaskedRouter as MaskedRouter
+from models.mixture.experts import Experts as Experts
+from models.mixture.routers import ExpertChoice as ExpertChoice
+from models.mixture.routers import SigmoidRouter as SigmoidRouter
+from models.mixture.routers import TopKRouter as TopKRouter
+from models.mixture.routers import WarmUpRouter as WarmUpRouter
 from models.norms import LayerNorm as LayerNorm
 from models.norms import NoNorm as NoNorm
 from models.norms import RMSNorm as RMSNorm

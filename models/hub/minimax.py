@@ -145,7 +145,7 @@ def by_head(name: str, leaves: tuple[str, ...], heads: int) -> Tensor:
 
 def experts(name: str, leaf: str, count: int) -> Iterator[Tensor]:
     """A router and its experts as Mixtral has them: w1 is activated, w3 gates, w2 goes out."""
-    yield turned(f"{name}.gate.weight", f"{leaf}/router")
+    yield turned(f"{name}.gate.weight", f"{leaf}/router/kernel")
     for e in range(count):
         for theirs, ours in (("w1", "inner"), ("w3", "gate"), ("w2", "outer")):
             yield turned_entry(f"{name}.experts.{e}.{theirs}.weight", f"{leaf}/{ours}", e)
