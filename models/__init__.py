@@ -17,7 +17,9 @@ from models.families.deberta import deberta as deberta
 from models.families.llama import llama as llama
 from models.families.ltg_bert import ltg_bert as ltg_bert
 from models.families.minimax import minimax as minimax
+from models.families.mixtral import mixtral as mixtral
 from models.families.modernbert import modernbert as modernbert
+from models.families.olmoe import olmoe as olmoe
 from models.families.qwen3_next import qwen3_next as qwen3_next
 from models.families.t5 import t5 as t5
 from models.families.transnormer import transnormer as transnormer
