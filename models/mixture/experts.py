@@ -47,11 +47,12 @@ class Experts(nnx.Module):
         experts on all tokens; these drop none. 'capacity' gives each expert as many tokens at most, later ones of the batch
         are dropped, and rows are not independent. None is 'ragged' on a TPU and 'blocks' elsewhere. Where experts choose,
         all take as many tokens, and the form is not asked.
-      capacity: of the form 'capacity', an expert's most tokens over those it has when all have as many.
+      capacity: of the form 'capacity', and of no other, an expert's most tokens over those it has when all have as many.
       rngs: where the initial weights come from.
 
     Raises:
-      UserError: what the router refuses, or a gate of a shared expert that is not there.
+      UserError: what the router refuses, a gate of a shared expert that is not there, a capacity without its form or the form
+        without it, or a form where experts choose.
 
     Source: "Outrageously Large Neural Networks", Shazeer et al., 2017; blocks: "MegaBlocks", Gale et al., 2022; capacity:
       "GShard", Lepikhin et al., 2020; shared expert: "DeepSeekMoE", Dai et al., 2024; its gate: Qwen1.5-MoE, 2024.
@@ -76,11 +77,15 @@ class Experts(nnx.Module):
         balance_scope: Scope = "batch",
         z: float = 0.001,
         form: Form | None = None,
-        capacity: float = 1.25,
+        capacity: float | None = None,
         rngs: nnx.Rngs,
     ):
         if shared_gate and shared is None:
             raise UserError("Experts.shared_gate without Experts.shared: expected the features of a shared expert")
+        if (form == "capacity") != (capacity is not None):
+            raise UserError(
+                f"Experts.form = {form!r} with Experts.capacity = {capacity}: expected the form 'capacity' and a number, or neither"
+            )
         hidden = width if hidden is None else hidden
         self.top_k, self.form, self.capacity, self.activation = top_k, form, capacity, activation
         self.balance, self.balance_over, self.balance_scope, self.z = balance, balance_over, balance_scope, z
@@ -129,9 +134,13 @@ class Experts(nnx.Module):
         inner, gate, outer = (p.get_value().astype(x.dtype) for p in (self.inner, self.gate, self.outer))
         matrices = (inner, gate, outer)
         if isinstance(routing, Picks):
+            if self.form is not None:
+                raise UserError(
+                    f"Experts.form = {self.form!r}: experts that choose all take as many tokens, leave it out"
+                )
             return picked(self.activation, x, routing.weights, routing.slots, matrices), {}
         weights, chosen = routing.weights, routing.chosen
-        if self.form != "capacity":
+        if self.capacity is None:
             return dropless(self.form, self.activation, x, weights, chosen, matrices), {}
         out, kept = capacity(self.capacity, self.activation, x, weights, chosen, present, matrices)
         asked = jnp.broadcast_to(present[..., None], kept.shape)
