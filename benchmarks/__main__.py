@@ -17,6 +17,7 @@ NAMES = (
     "reader",
     "decode",
     "linear_attention",
+    "mixture",
     "gpu",
     "checkpoint",
 )

@@ -69,7 +69,8 @@ class Attention(nnx.Module):
       rotary: share of the features of a head that is rotated.
       scaling: of the rotary frequencies, for longer rows than were trained on.
       scale: what scores are multiplied by; 1 / sqrt(K) by default.
-      qk_norm: a norm's class, for queries and keys over K before they are rotated; None for none.
+      qk_norm: a norm's class, for queries and keys before they are rotated; None for none.
+      qk_norm_over: what that norm goes over: the K features of one 'head', or those of all 'heads' at once (OLMoE).
       output_gate: whether the result of each head is multiplied by sigmoid(x W_gate) before the output projection.
       bias: whether the projections have biases.
       backend: how the product is computed, see docs/masks.md; what one cannot express it refuses.
@@ -96,6 +97,7 @@ class Attention(nnx.Module):
         scaling: RopeScaling | None = None,
         scale: float | None = None,
         qk_norm: Callable[..., nnx.Module] | None = None,
+        qk_norm_over: Literal["head", "heads"] = "head",
         output_gate: bool = False,
         bias: bool = False,
         backend: Backend = "xla",
@@ -125,8 +127,15 @@ class Attention(nnx.Module):
         self.value = param(normal(rngs, (width, kv_heads, self.head_width)), inner)
         self.out = param(normal(rngs, (heads, self.head_width, width)), ("heads", "kv", "embed"))
         self.gate = param(normal(rngs, (width, heads, self.head_width)), inner) if output_gate else None
-        self.query_norm: Any = None if qk_norm is None else qk_norm(self.head_width, axis="kv")
-        self.key_norm: Any = None if qk_norm is None else qk_norm(self.head_width, axis="kv")
+        self.qk_norm_over = qk_norm_over
+
+        def norm(heads: int) -> Any:
+            if qk_norm is None:
+                return None
+            one = qk_norm_over == "head"
+            return qk_norm(self.head_width, axis="kv") if one else qk_norm(heads * self.head_width, axis="heads")
+
+        self.query_norm, self.key_norm = norm(heads), norm(kv_heads)
         self.query_bias = param(jnp.zeros((heads, self.head_width)), ("heads", "kv")) if bias else None
         self.key_bias = param(jnp.zeros((kv_heads, self.head_width)), ("heads", "kv")) if bias else None
         self.value_bias = param(jnp.zeros((kv_heads, self.head_width)), ("heads", "kv")) if bias else None
@@ -165,11 +174,16 @@ class Attention(nnx.Module):
     def _turned(self, parts, places, context):
         """Queries, keys and values, the first two normed and rotated."""
         q, k, v = parts
-        q, k = (x if norm is None else norm(x) for x, norm in ((q, self.query_norm), (k, self.key_norm)))
+        q, k = self._normed(q, self.query_norm), self._normed(k, self.key_norm)
         if self.theta is not None and context.source is None:
             q = rotate(q, places, self.theta, self.scaling, self.rotated)
             k = rotate(k, context.positions, self.theta, self.scaling, self.rotated)
         return q, k, v
+
+    def _normed(self, x, norm):
+        if norm is None or self.qk_norm_over == "head":
+            return x if norm is None else norm(x)
+        return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
     def _bias(self, q, k, bias, context):
         """What is added to the scores; a kind of attention may add its own."""

@@ -41,6 +41,7 @@ class Context:
       at: slots whose states are asked for, or None for all: the mixer's result has these slots alone.
       mask: the call's mask and the block's own, as `visible` was lowered from.
       causal: whether no query ever sees a later key.
+      tokens: ids of the tokens, where the call was given ids, and how many ids there are (`vocabulary`).
       taps: what else is asked for: `layers`, the block's new states; `attention`, the mixer's weights where it has any;
         `transfer`, see `LinearizedAttention`.
     """
@@ -61,6 +62,8 @@ class Context:
     cache_length: Int[Array, ""] | None = None
     keys: jax.Array | None = None
     at: Int[Array, "B K"] | None = None
+    tokens: Int[Array, "B S"] | None = None
+    vocabulary: int = field(default=0, metadata={"static": True})
     causal: bool = field(default=False, metadata={"static": True})
     taps: tuple[str, ...] = field(default=(), metadata={"static": True})
 
@@ -78,8 +81,9 @@ class Block(nnx.Module):
 
     Args:
       width: D.
-      mixer, feed_forward, norm: classes, or functions, called with the width (and `rngs`, for the first two). A norm is
-        called with the states and which tokens are no padding.
+      mixer, feed_forward, norm: classes, or functions, called with the width (and `rngs`, for the first two). A norm and a
+        feed-forward layer are called with the states and which tokens are no padding; a feed-forward layer that counts
+        tokens with the context too.
       mixer_norm: another norm for the mixer, where it differs from `norm`.
       mixer_out_norm: a norm of the mixer's result, where the placement has none or another.
       cross: class of the attention to a memory, called as the mixer is; None for none.
@@ -161,6 +165,8 @@ class Block(nnx.Module):
             taps = taps | found
         with few(context.at):
             forward = partial(self.feed_forward, present=present)
+            if self.feed_forward.counts_tokens:
+                forward = partial(forward, context=context)
             x, sides = add(
                 same, forward, self.feed_forward_norm, self.feed_forward_out_norm, 1, present, self.feed_forward_factors
             )

@@ -26,7 +26,7 @@ class CrossAttention(Attention):
     def remember(self, memory: Float[Array, "B M D"]) -> dict[str, Array]:
         """The keys and values of a memory as a cache has them, which decoding computes once."""
         key, value = self._part(memory, "key"), self._part(memory, "value")
-        key = key if self.key_norm is None else self.key_norm(key)
+        key = self._normed(key, self.key_norm)
         return {"key": kept(key, "key"), "value": kept(value, "value")}
 
     def read(
@@ -37,8 +37,7 @@ class CrossAttention(Attention):
         taps: Sequence[str] = (),
     ) -> tuple[Float[Array, "B Q D"], dict[str, Array]]:
         """What the queries find, and the weights, if asked for."""
-        query = self._part(hidden, "query")
-        query = query if self.query_norm is None else self.query_norm(query)
+        query = self._normed(self._part(hidden, "query"), self.query_norm)
         key, value = (taken(remembered[name], name) for name in ("key", "value"))
         here = jnp.zeros(hidden.shape[:2], jnp.int32)
         view = View(visible, Bidirectional(), here, here, keys="memory")

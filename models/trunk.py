@@ -251,6 +251,7 @@ class Trunk(nnx.Module):
         context = Context(
             visible=jnp.ones((1, 1, 1), bool), segments=segments, positions=positions, source=source, memory=memory,
             before=None if cache is None else cache["document"], bias=bias, cache_length=start, keys=keys, taps=tuple(taps),
+            tokens=tokens, vocabulary=self.vocabulary.size,
         )  # fmt: skip
         context = context if self.relative is None else self.relative(context, query, key)
         remembered = None

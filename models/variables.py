@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+from jaxtyping import Array
 
 from partitioning.axes import LAYERS
 
@@ -21,6 +22,26 @@ class Statistic(Buffer):
     """A buffer that moves with what a step saw. Its cotangent is no derivative but a sum over the step's tokens, whatever the
     sharding and the accumulation; the module that holds it gets the sums after the step, by name, as `observe(sums)`.
     """
+
+
+@jax.custom_vjp
+def observed(x: Array, statistics: Mapping[str, Array], sums: Mapping[str, Array]) -> Array:
+    """x as it is; in the backward pass each statistic's cotangent is its sum.
+
+    Args:
+      x: anything that the loss depends on.
+      statistics: values of `Statistic`s, by name.
+      sums: over the tokens of this call, by the same names and of the same shapes.
+    """
+    del statistics, sums
+    return x
+
+
+def _observed_forward(x, statistics, sums):
+    return x, {name: sums[name].astype(value.dtype) for name, value in statistics.items()}
+
+
+observed.defvjp(_observed_forward, lambda sums, pull: (pull, sums, None))
 
 
 def param(value: Any, axes: tuple[str | None, ...]) -> nnx.Param:

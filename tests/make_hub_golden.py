@@ -88,6 +88,32 @@ CASES = {
             **DECODER,
         },
     ),
+    "mixtral": ("Mixtral", "ForCausalLM", {"num_key_value_heads": 2, "num_local_experts": 4, **DECODER}),
+    "mixtral, windowed": (
+        "Mixtral",
+        "ForCausalLM",
+        {
+            "head_dim": 10,
+            "num_key_value_heads": 4,
+            "num_local_experts": 3,
+            "sliding_window": 5,
+            "tie_word_embeddings": True,
+            **DECODER,
+        },
+    ),
+    "olmoe": ("Olmoe", "ForCausalLM", {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 12, **DECODER}),
+    "olmoe, renormalised": (
+        "Olmoe",
+        "ForCausalLM",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            **DECODER,
+        },
+    ),
     "qwen3": ("Qwen3", "ForCausalLM", {"num_key_value_heads": 2, "head_dim": 8, **DECODER}),
     "qwen3 next": ("Qwen3Next", "ForCausalLM", {**QWEN3_NEXT, **DECODER}),
     "qwen3 next, dense": (

@@ -138,6 +138,6 @@ def closure(pattern, relation):
 
 FORMS = {
     "attention": None,
-    "grouped": partial(Experts, experts=4, hidden=4),
+    "blocks": partial(Experts, experts=4, hidden=4),
     "dense": partial(Experts, experts=4, hidden=4, form="dense"),
 }

@@ -21,6 +21,8 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from partitioning.chips import chip_of
 
 CAUSAL_PREFIX = "attention_causal"
+# Experts in blocks loop as long as the choices need; a choice meets one matrix of each stack, twice in the backward pass.
+EXPERTS = {"grouped_experts": 1, "grouped_experts_backward": 2}
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ def _equation(equation: Any, name: str, causal: float) -> FlopCount:
     if kind == "pallas_call":
         return math.prod(params["grid_mapping"].grid) * _walk(params["jaxpr"], name, causal)
     inner = params.get("name") if kind in ("jit", "pjit") else None
+    if inner in EXPERTS:
+        return EXPERTS[inner] * _experts(equation)
     total = FlopCount(0.0)
     for jaxpr in _inside(params):
         total += _walk(jaxpr, inner or name, causal)
@@ -120,6 +124,13 @@ def _equation(equation: Any, name: str, causal: float) -> FlopCount:
         return total
     # Kernels leave out what is masked.
     return (0.5 if _calls_kernel(params) else causal) * total
+
+
+def _experts(equation: Any) -> FlopCount:
+    """Of the products of choices, one number each in the first whole ones, with stacks of matrices [E, ., .]."""
+    arrays = [variable.aval for variable in equation.invars]
+    choices = next(math.prod(a.shape) for a in arrays if jnp.issubdtype(a.dtype, jnp.integer))
+    return FlopCount(2.0 * choices * sum(math.prod(a.shape[1:]) for a in arrays if a.ndim == 3))
 
 
 def _calls_kernel(params: dict[str, Any]) -> bool:

@@ -10,11 +10,12 @@ from flax import nnx
 
 from models.attention import Attention
 from models.block import Block
-from models.experts import Experts
 from models.families.family import named
 from models.heads import Head, TiedHead
 from models.linear_attention.lightning import LightningAttention
 from models.masks import Window
+from models.mixture.experts import Experts
+from models.mixture.routers import TopKRouter
 from models.norms import RMSNorm
 from models.trunk import Trunk
 from models.vocabulary import Vocabulary
@@ -78,9 +79,10 @@ def minimax(
         heads=heads, head_width=size, rule="minimax", layers=layers, value_activation=True, gate="sigmoid", norm=RMSNorm,
     )  # fmt: skip
     softmax = partial(attention or Attention, heads=heads, kv_heads=kv_heads, head_width=size, theta=theta)
+    router = partial(TopKRouter, renormalise=True)
     block = partial(
         Block,
-        feed_forward=feed_forward or partial(Experts, experts=experts, top_k=top_k, hidden=hidden, renormalise=True),
+        feed_forward=feed_forward or partial(Experts, experts=experts, top_k=top_k, hidden=hidden, router=router),
         norm=norm,
         placement="normed",
         feed_forward_factors=feed_forward_factors,

@@ -10,11 +10,12 @@ from flax import nnx
 
 from models.attention import Attention
 from models.block import Block
-from models.experts import Experts
 from models.families.family import named
 from models.feed_forward import FeedForward
 from models.heads import Head, TiedHead
 from models.linear_attention.gated_delta import GatedDeltaNet
+from models.mixture.experts import Experts
+from models.mixture.routers import TopKRouter
 from models.norms import RMSNorm
 from models.trunk import Trunk
 from models.vocabulary import Vocabulary
@@ -96,7 +97,7 @@ def qwen3_next(
             experts=experts,
             top_k=top_k,
             hidden=expert_hidden,
-            renormalise=renormalise,
+            router=partial(TopKRouter, renormalise=renormalise),
             shared=shared,
             shared_gate=True,
             balance=balance,

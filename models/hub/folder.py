@@ -17,7 +17,9 @@ from models.families.bert import bert
 from models.families.deberta import deberta
 from models.families.llama import llama
 from models.families.minimax import minimax
+from models.families.mixtral import mixtral
 from models.families.modernbert import modernbert
+from models.families.olmoe import olmoe
 from models.families.qwen3_next import qwen3_next
 from models.families.t5 import t5
 from models.hub.bert import Bert
@@ -25,7 +27,9 @@ from models.hub.deberta import Deberta
 from models.hub.layout import Layout, Tensor
 from models.hub.llama import Llama
 from models.hub.minimax import MiniMax
+from models.hub.mixtral import Mixtral
 from models.hub.modernbert import ModernBert
+from models.hub.olmoe import Olmoe
 from models.hub.qwen3_next import Qwen3Next
 from models.hub.t5 import T5
 from partitioning import UserError
@@ -37,6 +41,8 @@ FAMILIES: dict[str, tuple[Callable[..., Any], Layout]] = {
     "modernbert": (modernbert, ModernBert()),
     "llama": (llama, Llama()),
     "minimax": (minimax, MiniMax()),
+    "mixtral": (mixtral, Mixtral()),
+    "olmoe": (olmoe, Olmoe()),
     "qwen3_next": (qwen3_next, Qwen3Next()),
     "t5": (t5, T5()),
 }

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from models.families.family import Family
-from models.hub.layout import Layout, Tensor, heads_in, heads_out, rows_padded, same, turned, turned_entry
+from models.hub.layout import Layout, Tensor, heads_in, heads_out, rows_padded, same
 from models.hub.llama import scaling
+from models.hub.mixtral import experts
 from partitioning import UserError
 
 KINDS = {"linear_attention": "linear", "full_attention": "softmax"}
@@ -141,11 +142,3 @@ def by_head(name: str, leaves: tuple[str, ...], heads: int) -> Tensor:
         return np.stack([x.transpose(1, 2, 0) for x in ours], axis=1).reshape(-1, ours[0].shape[0])
 
     return Tensor(name, leaves, come, go)
-
-
-def experts(name: str, leaf: str, count: int) -> Iterator[Tensor]:
-    """A router and its experts as Mixtral has them: w1 is activated, w3 gates, w2 goes out."""
-    yield turned(f"{name}.gate.weight", f"{leaf}/router")
-    for e in range(count):
-        for theirs, ours in (("w1", "inner"), ("w3", "gate"), ("w2", "outer")):
-            yield turned_entry(f"{name}.experts.{e}.{theirs}.weight", f"{leaf}/{ours}", e)

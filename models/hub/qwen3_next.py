@@ -204,7 +204,7 @@ def _forward(family: Family, theirs: str, ours: str) -> Iterator[Tensor]:
         for word, name in FORWARD:
             yield turned(f"{theirs}.{word}_proj.weight", f"{ours}/{name}")
         return
-    yield turned(f"{theirs}.gate.weight", f"{ours}/router")
+    yield turned(f"{theirs}.gate.weight", f"{ours}/router/kernel")
     for e in range(family["experts"]):
         for word, name in FORWARD:
             yield turned_entry(f"{theirs}.experts.{e}.{word}_proj.weight", f"{ours}/{name}", e)

@@ -7,9 +7,9 @@ from flax import nnx
 
 from models.attention import Attention
 from models.block import Block
-from models.experts import Experts
 from models.feed_forward import FeedForward
 from models.heads import Head, TiedHead
+from models.mixture.experts import Experts
 from models.norms import LayerNorm, RMSNorm
 from models.trunk import Trunk
 from partitioning import UserError

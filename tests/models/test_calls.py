@@ -23,7 +23,7 @@ def _float64():
         yield
 
 
-@pytest.mark.parametrize("form", ["attention", "grouped"])
+@pytest.mark.parametrize("form", ["attention", "blocks"])
 @pytest.mark.parametrize(
     ("pattern", "layers", "scan", "remat"),
     [

@@ -11,7 +11,7 @@ from flax import nnx
 import models
 from launch.config import load
 from models import Vocabulary
-from models.variables import flatten
+from models.variables import axes_of, flatten
 
 PARTS = Path(__file__).parents[2] / "configs" / "parts"
 # Tokens, and millions of parameters as published, heads included.
@@ -37,7 +37,12 @@ PUBLISHED = {
     "transnormer_7b": (64_000, 7_000),
     "transnormer_175b": (64_000, 175_000),
     "minimax_text_01": (200_064, 456_000),
+    "mixtral_8x7b": (32_000, 46_700),
+    "mixtral_8x22b": (32_768, 141_000),
+    "olmoe_1b_7b": (50_304, 6_920),
 }
+# Of experts: millions of parameters that a token meets, all of the embeddings and the head counted.
+ACTIVE = {"mixtral_8x7b": 12_900, "mixtral_8x22b": 39_000, "olmoe_1b_7b": 1_280}
 REST = """
 from __gin__ import dynamic_registration
 import data
@@ -62,6 +67,12 @@ def test_parameters_are_those_of_the_paper(name, tmp_path):
     made = nnx.eval_shape(lambda: run.model(vocabulary, rngs=nnx.Rngs(0)))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(flatten(made, nnx.Param)))
     assert abs(count / (1e6 * millions) - 1) < 0.02
+    if name in ACTIVE:
+        leaves = flatten(made, nnx.Param)
+        sparse = [path for path, names in axes_of(made, nnx.Param).items() if "expert" in names]
+        idle = 1 - made.family["top_k"] / made.family["experts"]
+        active = count - idle * sum(math.prod(leaves[path].shape) for path in sparse)
+        assert abs(active / (1e6 * ACTIVE[name]) - 1) < 0.02
 
 
 def test_every_part_of_a_published_size_is_counted():

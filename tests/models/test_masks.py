@@ -180,7 +180,7 @@ def decoder(form="attention", pattern="patterned"):
     return full, cached
 
 
-@pytest.mark.parametrize("form", ["attention", "grouped"])
+@pytest.mark.parametrize("form", ["attention", "blocks"])
 def test_cached_decoding_is_the_full_forward_pass(form, monkeypatch):
     """Token by token behind a prompt, packed documents and padding included; document 2 unmoved by document 1."""
     # A window that looks ahead cannot be decoded: in the pattern it is causal here.

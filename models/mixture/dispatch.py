@@ -1,0 +1,181 @@
+"""Ways to run experts on the tokens that chose them, behind one call; all but `capacity` drop none and equal `dense`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from models.feed_forward import ACTIVATIONS, Activation
+from models.mixture.blocks import blocks
+from partitioning import UserError, along, is_cut, on_each_device, platform
+
+Form = Literal["blocks", "ragged", "dense", "capacity"]
+Matrices = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
+
+
+def dense(
+    activation: Activation,
+    x: Float[Array, "*B D"],
+    weights: Float[Array, "*B k"],
+    chosen: Int[Array, "*B k"],
+    matrices: Matrices,
+) -> Float[Array, "*B D"]:
+    """Every expert on every token: the oracle.
+
+    Args:
+      activation: by name.
+      x: states.
+      weights, chosen: of each token's experts.
+      matrices: W, V and U of every expert.
+    """
+    inner, gate, outer = matrices
+    hidden = ACTIVATIONS[activation](jnp.einsum("...d,edf->...ef", x, inner)) * jnp.einsum("...d,edf->...ef", x, gate)
+    share = (jax.nn.one_hot(chosen, len(inner), dtype=weights.dtype) * weights[..., None]).sum(-2)
+    return jnp.einsum("...e,...ef,efd->...d", share.astype(x.dtype), hidden, outer)
+
+
+def ragged(
+    activation: Activation,
+    x: Float[Array, "N D"],
+    weights: Float[Array, "N k"],
+    chosen: Int[Array, "N k"],
+    inner: Float[Array, "E D F"],
+    gate: Float[Array, "E D F"],
+    outer: Float[Array, "E F D"],
+) -> Float[Array, "N D"]:
+    """Tokens sorted by expert, and `ragged_dot` for each matrix: a kernel on TPUs; elsewhere XLA multiplies all by all.
+
+    Args:
+      activation: by name.
+      x: states.
+      weights, chosen: of each token's experts.
+      inner, gate, outer: W, V and U of every expert.
+    """
+    flat = chosen.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    sizes = jnp.bincount(flat, length=len(inner)).astype(jnp.int32)
+    rows = x[order // chosen.shape[1]]
+    hidden = ACTIVATIONS[activation](jax.lax.ragged_dot(rows, inner, sizes)) * jax.lax.ragged_dot(rows, gate, sizes)
+    each = jax.lax.ragged_dot(hidden, outer, sizes)[jnp.argsort(order)]
+    return (each.reshape(*chosen.shape, -1) * weights[..., None].astype(x.dtype)).sum(1)
+
+
+def dropless(
+    form: Form | None,
+    activation: Activation,
+    x: Float[Array, "B S D"],
+    weights: Float[Array, "B S k"],
+    chosen: Int[Array, "B S k"],
+    matrices: Matrices,
+) -> Float[Array, "B S D"]:
+    """The experts' results by one of the forms that drop no token.
+
+    Sorted forms run on each device with its own tokens and all experts, whose matrices come to it whole, or cut along the
+    features inside where the rules do that: tokens stay where they are.
+
+    Args:
+      form: None is 'ragged' on a TPU and 'blocks' elsewhere.
+      activation: by name.
+      x: states.
+      weights, chosen: of each token's experts.
+      matrices: W, V and U of every expert.
+    """
+    if form == "dense":
+        return dense(activation, x, weights, chosen, matrices)
+    form = ("ragged" if platform() == "tpu" else "blocks") if form is None else form
+    run: Callable[..., jax.Array] = blocks if form == "blocks" else ragged
+
+    def here(x, weights, chosen, *matrices):
+        flat = lambda y: y.reshape(-1, y.shape[-1])
+        return run(activation, flat(x), flat(weights), flat(chosen), *matrices).reshape(x.shape)
+
+    tokens = ("batch", "length", None)
+    arrays: list[tuple[jax.Array, tuple[str | None, ...]]] = [(y, tokens) for y in (x, weights, chosen)]
+    names = ((None, None, "mlp"), (None, None, "mlp"), (None, "mlp", None))
+    arrays += list(zip(matrices, names, strict=True))
+    results = [(x.shape, tokens)]
+    if is_cut("mlp"):
+        # Each device has a part of the sum over the features inside.
+        (out,) = along("mlp", lambda axes, *parts: (jax.lax.psum(here(*parts), axes),), arrays, results)
+    else:
+        (out,) = on_each_device(lambda *parts: (here(*parts),), arrays, results)
+    return out
+
+
+def picked(
+    activation: Activation,
+    x: Float[Array, "G S D"],
+    weights: Float[Array, "G E C"],
+    slots: Int[Array, "G E C"],
+    matrices: Matrices,
+) -> Float[Array, "G S D"]:
+    """Experts on as many tokens each: of each group of tokens, those in the slots.
+
+    Args:
+      activation: by name.
+      x: states, in groups.
+      weights, slots: of each expert's tokens; a slot S is empty.
+      matrices: W, V and U of every expert.
+    """
+    hidden = jax.vmap(lambda x, slots: x.at[slots].get(mode="fill", fill_value=0))(x, slots)
+    each = _multiplied(activation, hidden, matrices) * weights[..., None].astype(x.dtype)
+    add = lambda slots, y: jnp.zeros(x.shape[1:], x.dtype).at[slots].add(y, mode="drop")
+    return jax.vmap(add)(slots, each)
+
+
+def _multiplied(activation, hidden, matrices):
+    """As many rows [..., E, C, D] of each expert, through its matrices."""
+    inner, gate, outer = matrices
+    inside = ACTIVATIONS[activation](jnp.einsum("...ecd,edf->...ecf", hidden, inner))
+    return jnp.einsum("...ecf,efd->...ecd", inside * jnp.einsum("...ecd,edf->...ecf", hidden, gate), outer)
+
+
+def capacity(
+    factor: float,
+    activation: Activation,
+    x: Float[Array, "B S D"],
+    weights: Float[Array, "B S k"],
+    chosen: Int[Array, "B S k"],
+    present: Bool[Array, "B S"],
+    matrices: Matrices,
+) -> tuple[Float[Array, "B S D"], Bool[Array, "B S k"]]:
+    """As many tokens an expert at most; those that come later in the batch are dropped, padding first of all.
+
+    Args:
+      factor: an expert's tokens over those it has when all have as many.
+      activation: by name.
+      x: states.
+      weights, chosen: of each token's experts.
+      present: which tokens are no padding.
+      matrices: W, V and U of every expert.
+
+    Returns:
+      The experts' results, and which choices were kept.
+
+    Raises:
+      UserError: less than one token an expert.
+    """
+    experts, k = len(matrices[0]), chosen.shape[-1]
+    flat, m = chosen.reshape(-1), chosen.size
+    if factor * m < experts:
+        raise UserError(
+            f"Experts.capacity = {factor}: {m} choices of {experts} experts give {factor * m / experts:.2g} tokens an expert, "
+            f"expected 1 or more: raise it, or use another Experts.form"
+        )
+    most = min(math.ceil(factor * m / experts), m // k)
+    last = jnp.repeat(~present.reshape(-1), k)
+    order = jnp.argsort(2 * flat + last, stable=True)
+    sizes = jnp.bincount(flat, length=experts)
+    rank = jnp.zeros((m,), order.dtype).at[order].set(jnp.arange(m) - (jnp.cumsum(sizes) - sizes)[flat[order]])
+    kept = rank < most
+    where = jnp.where(kept, flat * most + rank, experts * most)
+    token = jnp.full((experts * most,), m // k).at[where].set(jnp.arange(m) // k, mode="drop")
+    hidden = x.reshape(-1, x.shape[-1]).at[token].get(mode="fill", fill_value=0)
+    each = _multiplied(activation, hidden.reshape(experts, most, -1), matrices).reshape(hidden.shape)
+    back = each.at[where].get(mode="fill", fill_value=0).reshape(*chosen.shape, -1)
+    return (back * weights[..., None].astype(x.dtype)).sum(-2), kept.reshape(chosen.shape)
