@@ -85,7 +85,8 @@ class MomentumQueue(Objective):
         # Running statistics too: the teacher sees no batch to take its own from.
         trunk = dict(nnx.to_flat_state(nnx.state(models.module("trunk"), nnx.Any(nnx.Param, Buffer))))
         for path, old in nnx.to_flat_state(nnx.state(models.module("teacher"), Buffer)):
-            if path in trunk:
+            # Tables of whole numbers are the trunk's for good.
+            if path in trunk and jnp.issubdtype(old.get_value().dtype, jnp.floating):
                 new = self.momentum * old.get_value() + (1 - self.momentum) * trunk[path].get_value()
                 old.set_value(new.astype(old.get_value().dtype))
         queue = models.module("queue")

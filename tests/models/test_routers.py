@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from awkward import TRUNK, VOCABULARY, plain_batch
+from awkward import TRUNK, VOCABULARY, pair_batch, plain_batch
 from flax import nnx
-from running import devices, tiny
+from running import Toy, devices, tiny
 
 from models import (
     Causal,
@@ -26,8 +26,10 @@ from models import (
 )
 from models.mixture.by_token import is_frequent
 from models.variables import Statistic, flatten
-from objectives import MaskedLM, RandomTokens
+from objectives import MaskedLM, MomentumQueue, RandomTokens
 from partitioning import UserError, data, fsdp, fsdp_sequence, fsdp_tensor
+from partitioning.presets import table
+from partitioning.rules import Rules
 from training.optimizers import Sgd
 
 B, S, D, E, V = 3, 5, 6, 4, 37
@@ -318,7 +320,12 @@ def moved(run, batches):
     return {n: np.asarray(v) for n, v in (state.params | state.buffers).items()}, figures
 
 
-RULES = {"fsdp": fsdp(), "tensor": fsdp_tensor(2), "sequence": fsdp_sequence(2)}
+BY_EXPERT = Rules(
+    mesh={"fsdp": 2, "expert": 4},
+    parameters=table(embed=("fsdp",), expert=("expert",)),
+    activations=table(batch=("fsdp", "expert")),
+)
+RULES = {"fsdp": fsdp(), "tensor": fsdp_tensor(2), "sequence": fsdp_sequence(2), "expert": BY_EXPERT}
 
 
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
@@ -337,6 +344,19 @@ def test_eight_devices_and_micro_batches_are_one(kind, rules):
     for name, value in one.items():
         for other in (parts, many):
             np.testing.assert_allclose(other[name], value, rtol=1e-6, atol=1e-8, err_msg=name)
+
+
+def test_a_teacher_keeps_the_table():
+    """A queue's teacher moves its numbers toward the trunk's, and its table of experts is the trunk's, entry by entry."""
+    objective = MomentumQueue(size=32, momentum=0.999)
+    small = {"rules": data(), "optimizer": Sgd(learning_rate=0.5), "data": Toy(pair_batch)}
+    with devices(1):
+        state, _ = moved(
+            tiny("momentum_queue", model=model(KINDS["hash"]), objective=objective, **small), [pair_batch(0, 8)]
+        )
+    tables = [name for name in state if name.endswith("router/table")]
+    assert len(tables) == 2
+    np.testing.assert_array_equal(*(state[name] for name in tables))
 
 
 @pytest.mark.parametrize("scope", ["micro_batch", "sequence"])
@@ -362,6 +382,8 @@ def test_expert_choice_in_an_encoder():
     assert np.isfinite(figures["side/trunk/balance"])
     with pytest.raises(UserError, match="ExpertChoice lets experts see the whole row"):
         moved(tiny("clm", model=model(ExpertChoice), batch_size=16), [])
+    with pytest.raises(UserError, match=r"Experts\.form = 'blocks': experts that choose all take as many"):
+        layer(ExpertChoice, form="blocks")[2](layer(ExpertChoice)[1])
     for kind in (partial(HashRouter, vocabulary=V + 1), partial(MaskedRouter, frequencies=[1.0] * (V + 1), frequent=2)):
         with pytest.raises(UserError, match=r"another vocabulary: it has 38 ids, the trunk's vocabulary has 37"):
             moved(tiny("clm", model=model(kind), batch_size=16), [])
