@@ -1,5 +1,6 @@
 """The verbs of the `palmette` command. Each imports what it needs when it runs, so that `--help` answers at once."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -306,6 +307,8 @@ def _saved(run: Path, allow_import: list[str] | None) -> "Resolved":
 
 
 def _check_folder(folder: Path) -> None:
+    if re.match(r"\w+:/", str(folder)):
+        raise UserError(f"--out {folder}: a run's folder is one of the file system: mount the bucket, see docs/pods.md")
     for path in (folder, *folder.parents):
         if path.exists():
             if not path.is_dir():
