@@ -123,7 +123,7 @@ def hit(run: Several, fault: str, host: int, draw: random.Random) -> float:
         run.processes[host].send_signal(signal.SIGKILL)
         statuses = run.end()
         assert statuses[other] not in (0, -signal.SIGKILL), run.words()
-        assert f"host {host} (" in run.said[other].read_text(), run.words()
+        assert run.says(other, f"host {host} ("), run.words()
     elif fault == "SIGTERM":
         run.processes[host].send_signal(signal.SIGTERM)
         statuses = run.end()

@@ -166,7 +166,6 @@ class Checkpoints(Frozen):
         manager, self._manager = self._manager, None
         if manager is None:
             return
-        self._background.close()
         with writing(self.folder):
             try:
                 self._background.wait(manager, timeout_s=self.timeout_s)
@@ -174,6 +173,8 @@ class Checkpoints(Frozen):
                 # On several hosts the others are not coming to where a failed write ends; one that hangs comes nowhere.
                 if self._background.error is None or (jax.process_count() == 1 and not self._background.hangs):
                     manager.close()
+                # Not before: the write may fail while it is waited for.
+                self._background.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
