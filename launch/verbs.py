@@ -48,7 +48,7 @@ def prepare(
             metavar="TASK... | CONFIG.gin... [OVERRIDE]...", help="Tasks by name, or a run's configuration."
         ),
     ],
-    folder: Annotated[Path | None, typer.Option(help="Where prepared data is kept, for tasks by name.")] = None,
+    folder: Annotated[str | None, typer.Option(help="Where prepared data is kept, for tasks by name.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a cache made otherwise.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="How many processes tokenise.")] = 1,
     allow_import: AllowImport = None,
@@ -64,8 +64,7 @@ def prepare(
     import data
 
     for task in what:
-        root = None if folder is None else str(folder)
-        done = data.prepare(task, folder=root, overwrite=overwrite, processes=processes, report=typer.echo)
+        done = data.prepare(task, folder=folder, overwrite=overwrite, processes=processes, report=typer.echo)
         typer.echo(done)
 
 
