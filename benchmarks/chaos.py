@@ -1,6 +1,7 @@
 """A small training on two hosts, hit at a random moment by a fault and started again, many times.
 
     make chaos; RUNS=20 SEED=700 make chaos
+    for SEED in 0 10 20; do RUNS=10 SEED=$SEED TALLY=tally.jsonl make chaos; done    # in pieces: the section counts all of them
 
 Each run draws a fault, a host and a moment from its seed. It must end in time, say what happened in a line, go on from the
 newest whole checkpoint, lose no more steps than `most_lost`, and end in the bits of the run that was left alone.
@@ -20,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.several import CONFIG, EVERY, STEPS, Several, steps
@@ -122,7 +123,7 @@ def hit(run: Several, fault: str, host: int, draw: random.Random) -> float:
         run.processes[host].send_signal(signal.SIGKILL)
         statuses = run.end()
         assert statuses[other] not in (0, -signal.SIGKILL), run.words()
-        assert f"host {host} (" in run.said[other].read_text(), run.words()
+        assert run.says(other, f"host {host} ("), run.words()
     elif fault == "SIGTERM":
         run.processes[host].send_signal(signal.SIGTERM)
         statuses = run.end()
@@ -207,15 +208,37 @@ def sample(seeds: Sequence[int]) -> tuple[int, dict[int, str]]:
 
 
 def main() -> None:
-    """Runs the campaign and writes the section; RUNS and SEED say how many and from where."""
-    runs, first = int(os.environ.get("RUNS", "100")), int(os.environ.get("SEED", "0"))
+    """Runs the campaign and writes the section.
+
+    RUNS and SEED say how many and from where. A campaign in pieces names a file, TALLY, to which each piece adds what became
+    of its runs, as a line of JSON.
+    """
+    runs, first, file = int(os.environ.get("RUNS", "100")), int(os.environ.get("SEED", "0")), os.environ.get("TALLY")
+    seeds = range(first, first + runs)
+    earlier = Path(file).read_text().splitlines() if file and Path(file).exists() else []
+    pieces = [json.loads(line) for line in earlier]
+    if twice := sorted(set(seeds) & set(joined(pieces)[0])):
+        sys.exit(f"chaos: {file} has the runs of seeds {', '.join(map(str, twice))}: set SEED to another")
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as programs:
         os.environ.update(one_device(programs))
-        found, wrong = campaign(range(first, first + runs), lambda line: print(line, file=sys.stderr, flush=True))
-    write(found, wrong, first, (time.monotonic() - begin) / 60)
+        found, wrong = campaign(seeds, lambda line: print(line, file=sys.stderr, flush=True))
+    if not found and not wrong:
+        return
+    pieces.append({"found": [asdict(one) for one in found], "wrong": wrong, "minutes": (time.monotonic() - begin) / 60})
+    if file:
+        Path(file).write_text("".join(json.dumps(piece) + "\n" for piece in pieces))
+    write(*joined(pieces))
     if wrong:
         sys.exit(f"chaos: {len(wrong)} of {len(wrong) + len(found)} runs did not go on as they should: {wrong}")
+
+
+def joined(pieces: Sequence[dict]) -> tuple[list[int], list[Outcome], dict[int, str], float]:
+    """The pieces of a campaign as one: seeds, what became of the runs, what was wrong with the others, minutes."""
+    found = [Outcome(**one) for piece in pieces for one in piece["found"]]
+    # JSON's keys are strings.
+    wrong = {int(seed): text for piece in pieces for seed, text in piece["wrong"].items()}
+    return sorted([*(one.seed for one in found), *wrong]), found, wrong, sum(piece["minutes"] for piece in pieces)
 
 
 def one_device(programs: str) -> dict[str, str]:
@@ -228,11 +251,12 @@ def one_device(programs: str) -> dict[str, str]:
     }
 
 
-def write(found: list[Outcome], wrong: dict[int, str], first: int, minutes: float) -> None:
+def write(seeds: list[int], found: list[Outcome], wrong: dict[int, str], minutes: float) -> None:
     """The section of the results."""
     from benchmarks import results
 
-    rows, total = [], len(found) + len(wrong)
+    rows: list[tuple] = []
+    span = f"{seeds[0]} to {seeds[-1]}" if seeds == list(range(seeds[0], seeds[-1] + 1)) else ", ".join(map(str, seeds))
     for fault in FAULTS:
         of = [outcome for outcome in found if outcome.fault == fault]
         if of:
@@ -256,7 +280,7 @@ most, since a save waits for the one before it; a harmed checkpoint costs an int
 
 {results.table(HEAD, rows)}
 
-{len(found)} of {total} runs, seeds {first} to {first + total - 1}, {minutes:.0f} minutes: these ended in time, went on from the
+{len(found)} of {len(seeds)} runs, seeds {span}, {minutes:.0f} minutes: these ended in time, went on from the
 newest whole checkpoint, and ended with the parameters, optimizer state and metrics of the run that was left alone, bit for
 bit. Otherwise: {"; ".join(f"{seed}: {text.splitlines()[0]}" for seed, text in wrong.items()) or "none"}.
 """

@@ -169,6 +169,15 @@ class Several:
         assert not hung, f"{len(hung)} hosts ran on for {timeout_s} s: {self.words()}"
         return [process.returncode for process in self.processes]
 
+    def says(self, host: int, words: str, timeout_s: float = 20) -> bool:
+        """Whether a host's output has these words; what a process beside it says comes a moment after its end."""
+        deadline = time.monotonic() + timeout_s
+        while words not in self.said[host].read_text():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
     def words(self) -> str:
         """All that was printed."""
         return "\n".join(f"host {host}: {path.read_text()}" for host, path in enumerate(self.said))

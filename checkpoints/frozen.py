@@ -7,7 +7,7 @@ import jax
 
 from checkpoints.faults import BrokenError, writing
 from checkpoints.leaves import content_hash, like_abstract, named_leaves, plain, plain_abstract
-from checkpoints.reading import read
+from checkpoints.reading import finished, read
 from partitioning.errors import UserError
 
 FROZEN = "frozen"
@@ -43,11 +43,12 @@ class Frozen:
         digest = content_hash(flat)
         reference = {"path": f"{FROZEN}/{name}-{digest[:12]}", "hash": digest}
         target = self.folder / reference["path"]
-        if not target.exists():
+        if not finished(target):
             with writing(self.folder):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with ocp.StandardCheckpointer(async_options=ocp.AsyncOptions(timeout_secs=self.timeout_s)) as writer:
-                    writer.save(target, {key: leaf for key, leaf in flat.items() if leaf.size})
+                    # A killed write may have left a part of it in a bucket.
+                    writer.save(target, {key: leaf for key, leaf in flat.items() if leaf.size}, force=True)
                     writer.wait_until_finished()
         return reference
 

@@ -9,6 +9,20 @@ import jax.numpy as jnp
 from checkpoints.faults import BrokenError
 
 
+def in_bucket(folder: Any) -> bool:
+    """Whether a folder is one of an object store, which has no empty folders and renames nothing."""
+    return "://" in str(folder)
+
+
+def finished(path: Any) -> bool:
+    """Whether Orbax's write of a folder came to its end: a folder appears when it is whole, in a bucket an object says so."""
+    if not in_bucket(path):
+        return path.exists()
+    from orbax.checkpoint.utils import is_checkpoint_finalized
+
+    return path.exists() and is_checkpoint_finalized(path)
+
+
 def read(path: Any, stored: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Named leaves of an Orbax folder, by their abstract form; leaves without elements are made.
 

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import jax
@@ -30,7 +31,7 @@ from checkpoints.leaves import (
     table,
 )
 from checkpoints.preserved import Preserved
-from checkpoints.reading import read
+from checkpoints.reading import finished, in_bucket, read
 from partitioning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -45,12 +46,13 @@ class Checkpoints(Frozen):
     """The checkpoints in one folder.
 
     Each holds the arrays of a pytree by path, and a JSON record: the caller's metadata, and shape, dtype and checksum
-    of every leaf. It appears under its step's number only when it is whole, so a killed write leaves nothing behind
-    that could be taken for one. Reading never changes the folder. When a run goes on from a step, later checkpoints
-    (broken ones, or another future's) are moved to `aside/` at its first save.
+    of every leaf. It appears under its step's number only when it is whole (in a bucket: with the object that Orbax
+    writes last), so a killed write leaves nothing behind that could be taken for one. Reading never changes the folder.
+    When a run goes on from a step, later checkpoints (broken ones, or another future's) are moved to `aside/` at its
+    first save.
 
     Args:
-      folder: local path or `gs://` address; made by the first save.
+      folder: local path or `gs://` address, which needs gcsfs; made by the first save.
       keep: how many of the newest checkpoints stay.
       every: steps between checkpoints, for `due`; None is never.
       best: the name of a figure in the metadata's `figures`, and `min` or `max`: the best checkpoint by it stays too.
@@ -58,7 +60,7 @@ class Checkpoints(Frozen):
       on_broken: called with one line for every checkpoint that is skipped; None logs a warning.
 
     Raises:
-      UserError: the folder is a file; `keep` or `every` is less than 1.
+      UserError: the folder is a file, or in a store that is not known; `keep` or `every` is less than 1.
     """
 
     def __init__(
@@ -75,8 +77,12 @@ class Checkpoints(Frozen):
 
         if keep < 1 or (every is not None and every < 1):
             raise UserError(f"checkpoints: keep ({keep}) and every ({every}) must be 1 or more")
+        if in_bucket(folder) and not str(folder).startswith("gs://"):
+            raise UserError(f"checkpoints in {folder}: expected a local folder or gs://BUCKET/FOLDER")
+        if in_bucket(folder) and find_spec("gcsfs") is None:
+            raise UserError(f"checkpoints in {folder}: gcsfs is not installed: pip install 'palmette[gcs]'")
         path = epath.Path(folder)
-        self.folder = path if "://" in str(folder) else path.expanduser().absolute()
+        self.folder = path if in_bucket(folder) else path.expanduser().absolute()
         for part in (self.folder, *self.folder.parents):
             if part.exists():
                 if not part.is_dir():
@@ -95,9 +101,13 @@ class Checkpoints(Frozen):
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, ascending; some may prove broken. Unfinished writes do not count."""
+        return sorted(int(path.name) for path in self._numbered() if finished(path))
+
+    def _numbered(self) -> list[Any]:
+        """The folders of steps, whole or not."""
         if not self.folder.exists():
             return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
+        return [path for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir()]
 
     # -- writing
 
@@ -156,7 +166,6 @@ class Checkpoints(Frozen):
         manager, self._manager = self._manager, None
         if manager is None:
             return
-        self._background.close()
         with writing(self.folder):
             try:
                 self._background.wait(manager, timeout_s=self.timeout_s)
@@ -164,6 +173,8 @@ class Checkpoints(Frozen):
                 # On several hosts the others are not coming to where a failed write ends; one that hangs comes nowhere.
                 if self._background.error is None or (jax.process_count() == 1 and not self._background.hangs):
                     manager.close()
+                # Not before: the write may fail while it is waited for.
+                self._background.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -189,7 +200,8 @@ class Checkpoints(Frozen):
                     preservation_policy=self._preserved,
                     # Made above; Orbax refuses to make it for named processes.
                     create=False,
-                    cleanup_tmp_directories=True,
+                    # In a bucket it takes every folder that is no checkpoint for an unfinished one; see `_set_aside`.
+                    cleanup_tmp_directories=not in_bucket(self.folder),
                     async_options=ocp.AsyncOptions(timeout_secs=self.timeout_s),
                     # Barriers over named processes time out; those over "all" are collectives that wait for ever.
                     multiprocessing_options=ocp.options.MultiprocessingOptions(
@@ -203,10 +215,17 @@ class Checkpoints(Frozen):
         """Moves what is newer than the state that this run goes on from out of the way, once."""
         if self._manager is not None:
             return
+        if in_bucket(self.folder) and jax.process_index() == 0:
+            for path in self._numbered():
+                if not finished(path):
+                    path.rmtree()
         newer = [step for step in self.steps() if self._last is None or step > self._last]
         if newer and jax.process_index() == 0:
             aside = self.folder / ASIDE
             aside.mkdir(parents=True, exist_ok=True)
+            if not aside.exists():
+                # A bucket has no empty folders, and nothing is moved to one that is not there.
+                (aside / "README").write_text("Checkpoints that the run did not go on from.\n")
             for step in newer:
                 (self.folder / str(step)).rename(aside / f"{step}-{time.time_ns()}")
                 log.warning("%s: checkpoint %d is not of this run's past: moved to %s", self.folder, step, aside)

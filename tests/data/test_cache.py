@@ -123,27 +123,20 @@ def test_the_root_is_argument_then_variable(tmp_path, monkeypatch):
     assert cache.kvstore("gs://bucket/x/y") == {"driver": "gcs", "bucket": "bucket", "path": "x/y/"}
 
 
-def test_a_bucket_holds_a_cache_as_a_folder_does(tmp_path, monkeypatch):
-    """The branch for buckets (no rename, no file sizes), with a folder standing in for the bucket."""
-
-    real = cache.kvstore
-
-    def stand_in(path):
-        if not cache.is_remote(path):
-            return real(path)
-        return {"driver": "file", "path": f"{tmp_path}/{path.removeprefix('gs://')}/"}
-
-    monkeypatch.setattr(cache, "kvstore", stand_in)
-    monkeypatch.setattr(cache_writing, "kvstore", stand_in)
-    cached = data.Cached(task=task(), folder="gs://bucket/caches", tokenizer=PIECES)
-    assert cached.prepare() == cached.prepare() == "gs://bucket/caches/small-unigram-330"
+def test_a_bucket_holds_a_cache_as_a_folder_does(tmp_path, bucket):
+    cached = data.Cached(task=task(), folder=f"{bucket}/caches", tokenizer=PIECES)
+    assert cached.prepare() == cached.prepare() == f"{bucket}/caches/small-unigram-330"
     local = data.Cached(task=task(), folder=str(tmp_path / "local"), tokenizer=PIECES)
     local.prepare()
     one, other = (c.open().batch(3, batch_size=4, length=32, seed=0) for c in (cached, local))
     assert all((one[name] == other[name]).all() for name in one)
-    values = tmp_path / "bucket" / "caches" / "small-unigram-330" / "train" / "text" / "values" / "c" / "0"
-    values.unlink()
-    with pytest.raises(UserError, match="gs://bucket/caches/small-unigram-330/train/text/values/c/0: missing"):
+    stored = cache.store(f"{bucket}/caches/small-unigram-330")
+    stored.write("train/text/values/c/0", None).result()
+    with pytest.raises(UserError, match="gs://tests/caches/small-unigram-330/train/text/values/c/0: missing"):
+        cached.open()
+    # The manifest is written last: without it there is no cache yet.
+    stored.write(cache.MANIFEST, None).result()
+    with pytest.raises(UserError, match="is not prepared here"):
         cached.open()
 
 

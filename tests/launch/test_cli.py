@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data.cache import Cache
 from launch import cli, ours
 from launch.methods import methods
 
@@ -93,6 +94,16 @@ def test_prepare(house, monkeypatch, capsys):
     assert palmette("prepare", "python_docs", "text.txt", "--folder", "there", "--overwrite", "--processes", "2") == 0
     assert house == [("python_docs", "there", True, 2), ("text.txt", "there", True, 2)]
     assert capsys.readouterr().out == "in python_docs\nin text.txt\n"
+
+
+def test_prepare_into_a_bucket(bucket, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("\n\n".join(f"note {i} says nothing that {i * 7} would not" for i in range(200)))
+    assert palmette("prepare", "notes.txt", "--folder", f"{bucket}/prepared") == 0
+    folder = capsys.readouterr().out.splitlines()[-1]
+    assert folder.startswith(f"{bucket}/prepared/notes-")
+    assert Cache(folder).split("train").examples == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_prepare_what_a_configuration_reads(house, tmp_path, capsys):
