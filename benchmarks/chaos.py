@@ -256,7 +256,9 @@ def write(seeds: list[int], found: list[Outcome], wrong: dict[int, str], minutes
     from benchmarks import results
 
     rows: list[tuple] = []
-    span = f"{seeds[0]} to {seeds[-1]}" if seeds == list(range(seeds[0], seeds[-1] + 1)) else ", ".join(map(str, seeds))
+    ends = [seed for seed in seeds if seed + 1 not in seeds]
+    begins = [seed for seed in seeds if seed - 1 not in seeds]
+    span = ", ".join(f"{begin} to {end}" for begin, end in zip(begins, ends, strict=True))
     for fault in FAULTS:
         of = [outcome for outcome in found if outcome.fault == fault]
         if of:
