@@ -26,7 +26,7 @@ def steady(
 ) -> tuple[Float[Array, "B S H V"], Float[Array, "B H K V"]]:
     """What `decayed` computes where one g is every token's: exp(g_{j+1} + .. + g_i) = exp(g n), n the tokens from j to i.
 
-    Autodiff would keep or compute again what the gradient has no use for; here a block keeps the states before its chunks.
+    Autodiff would keep or compute again what the gradient has no use for; here a block keeps the state before it.
 
     Args:
       q, k, v, resets, state: as in `decayed`.
@@ -55,28 +55,24 @@ def _forward(q, k, v, g, state, resets, present, chunk, chunks):
         far = _Decays(g, *part[3:])
         scores = product("bhmik,bhmjk->bhmij", q, k) * far.within
         out = product("bhmij,bhmjv->bhmiv", scores.astype(v.dtype), v)
-        added = product("bhmkj,bhmjv->bhmkv", across((far.left * k).astype(v.dtype)), v)
-        passed = []
-        for m in range(q.shape[2]):
-            passed.append(state)
-            state = far.whole[:, :, m] * state + added[:, :, m]
-        before = jnp.stack(passed, axis=2)
+        before, after = _states(state, k, v, far)
         out = out + far.until * product("bhmik,bhmkv->bhmiv", q.astype(g.dtype), before)
-        return state, (unturned(out.astype(v.dtype)), before)
+        return after, (unturned(out.astype(v.dtype)), state)
 
     parts = [blocked(x, chunk, chunks) for x in (q, k, v, resets, present)]
-    last, (out, before) = jax.lax.scan(block, state, parts)
-    return (unblocked(out, q.shape[1]), last), (q, k, v, g, resets, present, before)
+    last, (out, states) = jax.lax.scan(block, state, parts)
+    return (unblocked(out, q.shape[1]), last), (q, k, v, g, resets, present, states)
 
 
 def _backward(chunk, chunks, kept, slopes):
-    q, k, v, g, resets, present, before = kept
+    q, k, v, g, resets, present, states = kept
     product = partial(jnp.einsum, preferred_element_type=g.dtype)
 
     def block(carry, part):
         d_state, d_g = carry
         q, k, v, d_out = (turned(x) for x in part[:4])
-        before, far = part[-1], _Decays(g, *part[4:-1])
+        far = _Decays(g, *part[4:-1])
+        before, _ = _states(part[-1], k, v, far)
         low, wide = lambda x: x.astype(v.dtype), lambda x: x.astype(g.dtype)
         scores = product("bhmik,bhmjk->bhmij", q, k) * far.within
         d_scores = product("bhmiv,bhmjv->bhmij", d_out, v)
@@ -105,11 +101,23 @@ def _backward(chunk, chunks, kept, slopes):
 
     d_out, d_last = slopes
     parts = [blocked(x, chunk, chunks) for x in (q, k, v, d_out, resets, present)]
-    (d_state, d_g), found = jax.lax.scan(block, (d_last, jnp.zeros_like(g)), (*parts, before), reverse=True)
+    (d_state, d_g), found = jax.lax.scan(block, (d_last, jnp.zeros_like(g)), (*parts, states), reverse=True)
     return *(unblocked(x, q.shape[1]) for x in found), d_g, d_state, None, None
 
 
 _steady.defvjp(_forward, _backward)
+
+
+def _states(state, k, v, far):
+    """Before each chunk of a block, and behind the block."""
+    added = jnp.einsum(
+        "bhmkj,bhmjv->bhmkv", across((far.left * k).astype(v.dtype)), v, preferred_element_type=state.dtype
+    )
+    before = []
+    for m in range(k.shape[2]):
+        before.append(state)
+        state = far.whole[:, :, m] * state + added[:, :, m]
+    return jnp.stack(before, axis=2), state
 
 
 class _Decays:
