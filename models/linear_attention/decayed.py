@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float
 
 from models.linear_attention.blocks import scanned, weights
 from models.linear_attention.steady import steady
+from partitioning import platform
 
 
 def decayed(
@@ -31,7 +32,8 @@ def decayed(
       resets: where a document begins.
       state: before the first token; float32, or float64 with such inputs.
       present: which tokens are there, all by default; the others do not decay the state, and their keys have to be 0.
-      chunk, chunks: tokens of a chunk, 32 by default with one decay for all and 64 else; and chunks multiplied at once.
+      chunk, chunks: tokens of a chunk, 64 by default, and with one decay for all 32 or, on a TPU, 128; and chunks multiplied
+        at once.
 
     Returns:
       The outputs in v's type, and the state behind the last token.
@@ -40,11 +42,16 @@ def decayed(
     Differs: documents packed in one row, any length, and decays that may differ by token.
     """
     if log_decay.shape[:2] == (1, 1):
-        return steady(q, k, v, log_decay[0, 0], resets, state, present, chunk=chunk or 32, chunks=chunks)
+        return steady(q, k, v, log_decay[0, 0], resets, state, present, chunk=chunk or _chunk(), chunks=chunks)
     decay = jnp.broadcast_to(log_decay, q.shape[:3]).astype(state.dtype)
     decay = decay if present is None else jnp.where(present[..., None], decay, 0)
     parts = {"q": q, "k": k, "v": v, "decay": decay, "resets": resets}
     return scanned(_block, state, parts, chunk=chunk or 64, chunks=chunks)
+
+
+def _chunk() -> int:
+    """A CPU multiplies small matrices; a TPU's compiled step with 32 waits for memory, with 128 for products."""
+    return 128 if platform() == "tpu" else 32
 
 
 def _block(state, part):

@@ -93,6 +93,27 @@ def test_between_slices_only_gradients_go(small, tmp_path):
 
 
 @pytest.mark.long
+def test_linear_layers_pass_states_and_no_tokens(tmp_path):
+    """What is gathered along cut rows does not grow with them; of softmax layers it does."""
+    path, gathered = tmp_path / "rows.gin", {}
+    cut = SMALL.replace(
+        "@partitioning.fsdp()", "@partitioning.fsdp_sequence()\npartitioning.fsdp_sequence.sequence = 2"
+    )
+    for kind in ("LightningAttention", "Attention"):
+        more = "models.LightningAttention.layers = 2\n" if kind == "LightningAttention" else ""
+        path.write_text(cut.replace("models.Attention", f"models.{kind}") + more)
+        for length in (1024, 2048):
+            run = palmette(path, f"Run.length = {length}", "--topology", "v5e:2x2", "--json", tmp_path / "plan.json")
+            assert run.returncode == 0, run.stderr
+            (found,) = json.loads((tmp_path / "plan.json").read_text())
+            gathered[kind, length] = sum(
+                one["bytes"] for one in found["sent"] if (one["kind"], one["axes"]) == ("all-gather", "sequence")
+            )
+    assert gathered["LightningAttention", 2048] == gathered["LightningAttention", 1024] > 0
+    assert gathered["Attention", 2048] > 1.5 * gathered["Attention", 1024]
+
+
+@pytest.mark.long
 def test_what_does_not_fit_says_why_and_what_would(small):
     big = ("Trunk.width = 1024", "Attention.heads = 8", "Run.batch_size = 256", "Run.length = 1024", "Trunk.layers = 4")
     run = palmette(small, *big, "--topology", "v5e:2x2")
