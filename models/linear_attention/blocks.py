@@ -73,6 +73,22 @@ def unturned(x: Array) -> Array:
     return jnp.moveaxis(x, 1, 3)
 
 
+def through(
+    state: Float[Array, "B H K V"],
+    left: Float[Array, "B H M #K 1"],
+    added: Float[Array, "B H M K V"],
+    *,
+    back: bool = False,
+) -> tuple[Float[Array, "B H M K V"], Float[Array, "B H K V"]]:
+    """The states before each chunk of a block, and behind the last: S_{m+1} = left_m S_m + added_m; `back` from the last to
+    the first."""
+    order, before = range(added.shape[2]), []
+    for m in reversed(order) if back else order:
+        before.append(state)
+        state = left[:, :, m] * state + added[:, :, m]
+    return jnp.stack(before[::-1] if back else before, axis=2), state
+
+
 def across(x: Float[Array, "*B I J"]) -> Float[Array, "*B J I"]:
     """The transposed matrices, on a CPU as arrays of their own: XLA's fast products there read the left side by rows."""
     x = x.swapaxes(-1, -2)

@@ -5,7 +5,7 @@ from functools import partial
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from models.linear_attention.blocks import scanned, weights
+from models.linear_attention.blocks import scanned, through, weights
 from models.linear_attention.steady import steady
 from partitioning import platform
 
@@ -61,9 +61,6 @@ def _block(state, part):
     scores = product("bhmik,bhmjk->bhmij", q, k) * within
     out = product("bhmij,bhmjv->bhmiv", scores.astype(v.dtype), v)
     added = product("bhmjk,bhmjv->bhmkv", (k * within[..., -1, :, None]).astype(v.dtype), v)
-    before = []
-    for m in range(q.shape[2]):
-        before.append(state)
-        state = until[:, :, m, -1, None, None] * state + added[:, :, m]
-    carried = product("bhmik,bhmkv->bhmiv", q.astype(wide), jnp.stack(before, axis=2))
+    before, state = through(state, until[..., -1, None, None], added)
+    carried = product("bhmik,bhmkv->bhmiv", q.astype(wide), before)
     return state, (out + until[..., None] * carried).astype(v.dtype)

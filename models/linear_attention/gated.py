@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from models.linear_attention.blocks import scanned
+from models.linear_attention.blocks import scanned, through
 
 # Tokens whose scores at all levels are one product each; fewer tokens make products too small, more waste most of them.
 BASE = 8
@@ -49,11 +49,8 @@ def _block(state, part):
     kept = jnp.where((document == document[..., -1:])[..., None], kept, 0)
     until = jnp.where(document[..., -1:] == 0, until, 0)
     added = product("bhmjk,bhmjv->bhmkv", kept.astype(v.dtype), v)
-    before = []
-    for m in range(v.shape[2]):
-        before.append(state)
-        state = until[:, :, m, :, None] * state + added[:, :, m]
-    carried = product("bhmik,bhmkv->bhmiv", read, jnp.stack(before, axis=2))
+    before, state = through(state, until[..., None], added)
+    carried = product("bhmik,bhmkv->bhmiv", read, before)
     return state, (out + carried).astype(v.dtype)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from models.linear_attention.blocks import LEAST, across, blocked, turned, unblocked, unturned
+from models.linear_attention.blocks import LEAST, across, blocked, through, turned, unblocked, unturned
 
 
 def steady(
@@ -77,11 +77,7 @@ def _backward(chunk, chunks, kept, slopes):
         scores = product("bhmik,bhmjk->bhmij", q, k) * far.within
         d_scores = product("bhmiv,bhmjv->bhmij", d_out, v)
         read = product("bhmki,bhmiv->bhmkv", across(low(far.until * q)), d_out)
-        passed = []
-        for m in reversed(range(q.shape[2])):
-            passed.append(d_state)
-            d_state = far.whole[:, :, m] * d_state + read[:, :, m]
-        after = jnp.stack(passed[::-1], axis=2)
+        after, d_state = through(d_state, far.whole, read, back=True)
         q_far = far.until * product("bhmiv,bhmkv->bhmik", wide(d_out), before)
         k_far = far.left * product("bhmjv,bhmkv->bhmjk", wide(v), after)
         v_far = far.left * product("bhmjk,bhmkv->bhmjv", wide(k), after)
@@ -113,11 +109,7 @@ def _states(state, k, v, far):
     added = jnp.einsum(
         "bhmkj,bhmjv->bhmkv", across((far.left * k).astype(v.dtype)), v, preferred_element_type=state.dtype
     )
-    before = []
-    for m in range(k.shape[2]):
-        before.append(state)
-        state = far.whole[:, :, m] * state + added[:, :, m]
-    return jnp.stack(before, axis=2), state
+    return through(state, far.whole, added)
 
 
 class _Decays:
