@@ -119,12 +119,12 @@ def picked(
     Args:
       activation: by name.
       x: states, in groups.
-      weights, slots: of each expert's tokens; a slot S is empty.
+      weights, slots: of each expert's tokens.
       matrices: W, V and U of every expert.
     """
-    hidden = jax.vmap(lambda x, slots: x.at[slots].get(mode="fill", fill_value=0))(x, slots)
+    hidden = jax.vmap(lambda x, slots: x[slots])(x, slots)
     each = _multiplied(activation, hidden, matrices) * weights[..., None].astype(x.dtype)
-    add = lambda slots, y: jnp.zeros(x.shape[1:], x.dtype).at[slots].add(y, mode="drop")
+    add = lambda slots, y: jnp.zeros(x.shape[1:], x.dtype).at[slots].add(y)
     return jax.vmap(add)(slots, each)
 
 

@@ -254,8 +254,6 @@ class ExpertChoice(nnx.Module):
         wanted = jnp.where(present[..., None], shares, 0).swapaxes(1, 2)
         most = min(math.ceil(self.top_k * size / self.experts), size)
         weights, slots = largest(wanted, most, ("batch",))
-        there = jnp.take_along_axis(present[:, None], slots, -1)
-        slots = jnp.where(there, slots, size)
         taken = jax.nn.one_hot(slots, size, dtype=logits.dtype).sum(2).swapaxes(1, 2)
         return Picks(slots, weights, jax.lax.stop_gradient(taken), shares, logits)
 

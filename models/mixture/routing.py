@@ -38,8 +38,8 @@ class Picks:
     """Each expert has C tokens of each row; the rest as in `Routing`.
 
     Args:
-      slots: of each expert's tokens; S where there is none.
-      weights: what the expert's results are multiplied by.
+      slots: of each expert's tokens; padding where there are no others.
+      weights: what the expert's results are multiplied by; 0 for padding.
     """
 
     slots: Int[Array, "B E C"]
