@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from partitioning import platform
-
 # exp of it is 0 in float32; a gate that is shut has -inf, and sums of that have no gradient.
 LEAST = -200.0
 
@@ -36,36 +34,37 @@ def scanned(
       The outputs and the last state.
     """
     length = next(iter(parts.values())).shape[1]
-    cut = {name: blocked(x, chunk, chunks) for name, x in parts.items()}
+    first = lambda x: x.swapaxes(0, 1)
+    by_block = {name: first(cut(x, chunk, chunks)) for name, x in parts.items()}
 
     @partial(jax.checkpoint, prevent_cse=False)
     def step(state: Array, part: dict[str, Array]) -> tuple[Array, Array]:
-        state, out = block(state, {name: turned(x) if x.ndim > 3 else x for name, x in part.items()})
+        state, out = block(state, {name: turned(x) for name, x in part.items()})
         return state, unturned(out)
 
-    state, out = jax.lax.scan(step, state, cut)
-    return unblocked(out, length), state
+    state, out = jax.lax.scan(step, state, by_block)
+    return joined(first(out), length), state
 
 
-def blocked(x: Array, chunk: int, chunks: int) -> Array:
-    """[B, S, ...] -> [blocks, B, chunks, chunk, ...], filled up with zeros; arguments as in `scanned`."""
+def cut(x: Array, chunk: int, chunks: int) -> Array:
+    """[B, S, ...] -> [B, blocks, chunks, chunk, ...], filled up with zeros; arguments as in `scanned`."""
     rows, length = x.shape[:2]
     chunk = min(chunk, length)
     chunks = min(chunks, -(-length // chunk))
     blocks = -(-length // (chunk * chunks))
     x = jnp.pad(x, ((0, 0), (0, blocks * chunks * chunk - length)) + ((0, 0),) * (x.ndim - 2))
-    return x.reshape(rows, blocks, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
+    return x.reshape(rows, blocks, chunks, chunk, *x.shape[2:])
 
 
-def unblocked(x: Array, length: int) -> Array:
-    """The reverse of `blocked`."""
-    x = x.swapaxes(0, 1)
+def joined(x: Array, length: int) -> Array:
+    """The reverse of `cut`."""
     return x.reshape(x.shape[0], -1, *x.shape[4:])[:, :length]
 
 
 def turned(x: Array) -> Array:
-    """[B, M, C, H, ...] -> [B, H, M, C, ...], for products of all heads; of one block, which stays in the caches."""
-    return jnp.moveaxis(x, 3, 1)
+    """[B, M, C, H, ...] -> [B, H, M, C, ...], for products of all heads; of one block, which stays in the caches. What has
+    no heads stays as it is."""
+    return jnp.moveaxis(x, 3, 1) if x.ndim > 3 else x
 
 
 def unturned(x: Array) -> Array:
@@ -87,12 +86,6 @@ def through(
         before.append(state)
         state = left[:, :, m] * state + added[:, :, m]
     return jnp.stack(before[::-1] if back else before, axis=2), state
-
-
-def across(x: Float[Array, "*B I J"]) -> Float[Array, "*B J I"]:
-    """The transposed matrices, on a CPU as arrays of their own: XLA's fast products there read the left side by rows."""
-    x = x.swapaxes(-1, -2)
-    return jax.lax.optimization_barrier(x) if platform() == "cpu" else x
 
 
 def weights(g: Float[Array, "B H M C"], resets: Array) -> tuple[Float[Array, "B H M C C"], Float[Array, "B H M C"]]:

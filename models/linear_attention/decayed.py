@@ -1,11 +1,10 @@
 """Linear attention with one decay a head, by chunks of tokens."""
 
-from functools import partial
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from models.linear_attention.blocks import scanned, through, weights
+from models.linear_attention.products import nn, nt, tn
 from models.linear_attention.steady import steady
 from partitioning import platform
 
@@ -57,10 +56,8 @@ def _chunk() -> int:
 def _block(state, part):
     q, k, v, wide = part["q"], part["k"], part["v"], state.dtype
     within, until = weights(part["decay"], part["resets"])
-    product = partial(jnp.einsum, preferred_element_type=wide)
-    scores = product("bhmik,bhmjk->bhmij", q, k) * within
-    out = product("bhmij,bhmjv->bhmiv", scores.astype(v.dtype), v)
-    added = product("bhmjk,bhmjv->bhmkv", (k * within[..., -1, :, None]).astype(v.dtype), v)
+    scores = nt(q, k, wide) * within
+    added = tn((k * within[..., -1, :, None]).astype(v.dtype), v, wide)
     before, state = through(state, until[..., -1, None, None], added)
-    carried = product("bhmik,bhmkv->bhmiv", q.astype(wide), before)
+    out, carried = nn(scores.astype(v.dtype), v, wide), nn(q.astype(wide), before, wide)
     return state, (out + until[..., None] * carried).astype(v.dtype)

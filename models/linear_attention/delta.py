@@ -1,11 +1,10 @@
 """The gated delta rule: a key's old value is taken out of the state before its new one goes in."""
 
-from functools import partial
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from models.linear_attention.blocks import scanned, weights
+from models.linear_attention.products import nn, nt, tn
 
 
 def delta(
@@ -38,19 +37,16 @@ def _block(state, part):
     q, k, v = (part[name].astype(wide) for name in "qkv")
     rate = part["rate"][..., None]
     within, until = weights(part["decay"], part["resets"])
-    product = partial(jnp.einsum, preferred_element_type=wide)
-    solve = unit_lower_inverse(rate * jnp.tril(within, -1) * product("bhmik,bhmjk->bhmij", k, k))
-    fresh = product("bhmij,bhmjv->bhmiv", solve, rate * v)
-    reads = product("bhmij,bhmjk->bhmik", solve, rate * until[..., None] * k)
+    solve = unit_lower_inverse(rate * jnp.tril(within, -1) * nt(k, k, wide))
+    fresh, reads = nn(solve, rate * v, wide), nn(solve, rate * until[..., None] * k, wide)
     kept = k * within[..., -1, :, None]
     before, written = [], []
     for m in range(q.shape[2]):
         before.append(state)
-        written.append(fresh[:, :, m] - product("bhik,bhkv->bhiv", reads[:, :, m], state))
-        state = until[:, :, m, -1, None, None] * state + product("bhik,bhiv->bhkv", kept[:, :, m], written[-1])
-    out = product(
-        "bhmij,bhmjv->bhmiv", within * product("bhmik,bhmjk->bhmij", q, k), jnp.stack(written, axis=2)
-    ) + until[..., None] * product("bhmik,bhmkv->bhmiv", q, jnp.stack(before, axis=2))
+        written.append(fresh[:, :, m] - nn(reads[:, :, m], state, wide))
+        state = until[:, :, m, -1, None, None] * state + tn(kept[:, :, m], written[-1], wide)
+    out = nn(within * nt(q, k, wide), jnp.stack(written, axis=2), wide)
+    out += until[..., None] * nn(q, jnp.stack(before, axis=2), wide)
     return state, out.astype(part["v"].dtype)
 
 
@@ -60,7 +56,7 @@ def unit_lower_inverse(below: Float[Array, "*B C C"]) -> Float[Array, "*B C C"]:
 
     A series in powers of L would be shorter, and in float32 wrong: its terms grow where keys are alike.
     """
-    size = below.shape[-1]
+    size, wide = below.shape[-1], below.dtype
     whole = 1 << (size - 1).bit_length()
     lead = below.shape[:-2]
     below = jnp.pad(below, [(0, 0)] * len(lead) + [(0, whole - size)] * 2)
@@ -74,7 +70,7 @@ def unit_lower_inverse(below: Float[Array, "*B C C"]) -> Float[Array, "*B C C"]:
         inverse = jnp.concatenate(
             [
                 jnp.concatenate([first, above], axis=-1),
-                jnp.concatenate([-last @ corner @ first, last], axis=-1),
+                jnp.concatenate([-nn(nn(last, corner, wide), first, wide), last], axis=-1),
             ],
             axis=-2,
         )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from models.linear_attention.blocks import scanned, through
+from models.linear_attention.products import nn, nt, tn
 
 # Tokens whose scores at all levels are one product each; fewer tokens make products too small, more waste most of them.
 BASE = 8
@@ -43,14 +44,13 @@ def gated(
 def _block(state, part):
     v, wide = part["v"], state.dtype
     document = jnp.cumsum(part["resets"], axis=-1)[:, None]
-    product = partial(jnp.einsum, preferred_element_type=wide)
     out, read, kept, until = inside(part["q"], part["k"], v, part["decay"], document)
     read = jnp.where((document == 0)[..., None], read, 0)
     kept = jnp.where((document == document[..., -1:])[..., None], kept, 0)
     until = jnp.where(document[..., -1:] == 0, until, 0)
-    added = product("bhmjk,bhmjv->bhmkv", kept.astype(v.dtype), v)
+    added = tn(kept.astype(v.dtype), v, wide)
     before, state = through(state, until[..., None], added)
-    carried = product("bhmik,bhmkv->bhmiv", read, before)
+    carried = nn(read, before, wide)
     return state, (out + carried).astype(v.dtype)
 
 
@@ -77,7 +77,6 @@ def inside(
         filled = lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, whole - size)] + [(0, 0)] * (x.ndim - 4))
         q, k, v, g, document = (filled(x) for x in (q, k, v, g, document))
     (rows, heads, chunks, _, width), wide = q.shape, g.dtype
-    product = partial(jnp.einsum, preferred_element_type=wide)
     low = lambda x: x.astype(q.dtype)
     base, half = min(BASE, whole), 1
     # All chunks behind each other, in pieces of the size at hand; the axes behind the heads.
@@ -85,23 +84,23 @@ def inside(
     reads, keeps = cut(q).astype(wide) * jnp.exp(cut(g)), cut(k).astype(wide)
     left = cut(jnp.exp(g), 1)
     index = jnp.arange(base)
-    own = product("bhnik,bhnjk->bhnij", cut(q, base), cut(k, base))
+    own = nt(cut(q, base), cut(k, base), wide)
     scores = jnp.where(index[:, None] == index, own, 0)
     while half < base:
         block, last = index // (2 * half), index // half % 2 == 1
         pairs = (block[:, None] == block) & last[:, None] & ~last
-        scores += jnp.where(pairs, product("bhnik,bhnjk->bhnij", cut(low(reads), base), cut(low(keeps), base)), 0)
+        scores += jnp.where(pairs, nt(cut(low(reads), base), cut(low(keeps), base), wide), 0)
         reads, keeps, left = _joined(reads, keeps, left, half)
         half *= 2
     seen = document.reshape(rows, 1, -1, base)
     scores = jnp.where(seen[..., :, None] == seen[..., None, :], scores, 0)
-    out = product("bhnij,bhnjv->bhniv", low(scores), cut(v, base))
+    out = nn(low(scores), cut(v, base), wide)
     while half < whole:
         seen = document.reshape(rows, 1, -1, 2, half)
         last, first = cut(low(reads), 2, half)[:, :, :, 1], cut(low(keeps), 2, half)[:, :, :, 0]
-        scores = product("bhnik,bhnjk->bhnij", last, first)
+        scores = nt(last, first, wide)
         scores = jnp.where(seen[:, :, :, 1, :, None] == seen[:, :, :, 0, None, :], scores, 0)
-        found = product("bhnij,bhnjv->bhniv", low(scores), cut(v, 2, half)[:, :, :, 0])
+        found = nn(low(scores), cut(v, 2, half)[:, :, :, 0], wide)
         out += jnp.pad(found[:, :, :, None], [(0, 0)] * 3 + [(1, 0), (0, 0), (0, 0)]).reshape(out.shape)
         reads, keeps, left = _joined(reads, keeps, left, half)
         half *= 2
