@@ -107,12 +107,14 @@ def on_one(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_eight_devices_equal_one(name):
-    """Loss, gradients and buffers do not depend on the mesh; on others in the long run."""
+def test_eight_devices_and_micro_batches_equal_one(name):
+    """Loss, gradients and buffers depend neither on the mesh nor on micro-batches of unequal token counts, where the objective
+    takes these; on other meshes, and on each alone, in the long run.
+    """
     one = on_one(name)
     assert np.isfinite(one[1]["loss"])
     assert max(np.abs(g).max() for g in one[0].values()) > 1e-3
-    assert_same(one, gradients(name, fsdp_tensor(2), 8))
+    assert_same(one, gradients(name, fsdp_tensor(2), 8, accumulate=2 if name in ACCUMULATING else 1))
 
 
 EVERY_WAY = fsdp_sequence(2, tensor=2, slices=2)
@@ -144,9 +146,10 @@ def test_a_length_that_does_not_divide_is_refused():
         gradients("grpo", fsdp_sequence(2), 8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ACCUMULATING)
 def test_micro_batches_equal_the_batch(name):
-    """Micro-batches with unequal token counts give the big batch's loss, gradients and buffers, on a mesh too."""
+    """On fewer devices, more of them."""
     assert_same(on_one(name), gradients(name, fsdp(), 2, accumulate=4))
 
 
