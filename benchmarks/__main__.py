@@ -17,6 +17,7 @@ NAMES = (
     "reader",
     "decode",
     "linear_attention",
+    "linear_kernel",
     "mixture",
     "gpu",
     "checkpoint",
