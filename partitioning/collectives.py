@@ -85,6 +85,10 @@ def _collective(computation: Computation, one: Instruction, mesh: Mesh) -> tuple
         return None
     groups = _groups(one, mesh)
     given = sum(size(computation.instructions[name].result) for name in one.operands)
+    if kind_ == "ragged-all-to-all":
+        # Of its two buffers, what is sent from and what is written to, one may have room for the worst case: what crosses
+        # fits in the smaller one. The sizes and places that come behind them cross too, and are a few numbers.
+        given = min(size(computation.instructions[name].result) for name in one.operands[:2])
     if kind_ == "all-gather":
         return kind_, float(given * groups.shape[1]), tuple(groups[0].tolist())
     if kind_ == "all-reduce" and computation.name.startswith("all-reduce-scatter"):

@@ -21,8 +21,14 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from partitioning.chips import chip_of
 
 CAUSAL_PREFIX = "attention_causal"
-# Experts in blocks loop as long as the choices need; a choice meets one matrix of each stack, twice in the backward pass.
-EXPERTS = {"grouped_experts": 1, "grouped_experts_backward": 2}
+# Experts in blocks loop as long as the choices need, and a device has room for more choices than come; a choice meets one
+# matrix of each stack, twice in the backward pass.
+EXPERTS = {
+    "grouped_experts": 1,
+    "grouped_experts_backward": 2,
+    "exchanged_experts": 1,
+    "exchanged_experts_backward": 2,
+}
 
 
 @dataclass(frozen=True)
