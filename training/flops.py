@@ -135,8 +135,9 @@ def _equation(equation: Any, name: str, causal: float) -> FlopCount:
 def _experts(equation: Any) -> FlopCount:
     """Of the products of choices, one number each in the first whole ones, with stacks of matrices [E, ., .]."""
     arrays = [variable.aval for variable in equation.invars]
-    choices = next(math.prod(a.shape) for a in arrays if jnp.issubdtype(a.dtype, jnp.integer))
-    return FlopCount(2.0 * choices * sum(math.prod(a.shape[1:]) for a in arrays if a.ndim == 3))
+    whole = [a for a in arrays if jnp.issubdtype(a.dtype, jnp.integer)]
+    matrices = [a for a in arrays if a.ndim == 3 and jnp.issubdtype(a.dtype, jnp.floating)]
+    return FlopCount(2.0 * math.prod(whole[0].shape) * sum(math.prod(a.shape[1:]) for a in matrices))
 
 
 def _calls_kernel(params: dict[str, Any]) -> bool:
