@@ -29,7 +29,8 @@ class Collective:
       kind: such as all-gather.
       axes: the mesh axes that its groups run along.
       bytes: of the array that it makes whole or takes whole, on each device: what an all-gather yields, and what an
-        all-reduce, a reduce-scatter, an all-to-all or a permutation is given; over all times.
+        all-reduce, a reduce-scatter, an all-to-all or a permutation is given; of a ragged all-to-all the smaller of what it
+        sends from and writes to; over all times.
       count: how often it runs.
       group: the devices of one group, as indices into the mesh's devices.
     """

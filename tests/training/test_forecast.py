@@ -109,6 +109,7 @@ PUBLISHED = {
     "llama_70b": 70554,
     "llama_8b": 8030,
     "modernbert_large": 395,
+    "olmoe_1b_7b": 6919,
     "transnormer_1b": 1000,
     "xlm_r_xl": 3500,
     "xlm_r_xxl": 10700,
