@@ -91,9 +91,10 @@ def _travel(x, room, most, leaves, comes, axes):
         sizes, begin, land = (part.reshape(-1) for part in leaves)
         out = jnp.zeros((room, *x.shape[1:]), x.dtype)
         return jax.lax.ragged_all_to_all(x, out, begin, sizes, land, comes[0].reshape(-1), axis_name=axes)
-    packed = x.at[jax.vmap(_places, (0, 0, None, None))(*leaves[:2], most, len(x))].get(mode="fill", fill_value=0)
+    places = lambda slices, none: jax.vmap(lambda sizes, begin: _places(sizes, begin, most, none))(*slices)
+    packed = x.at[places(leaves[:2], len(x))].get(mode="fill", fill_value=0)
     got = jax.lax.all_to_all(packed, axes, 0, 0, tiled=True).reshape(-1, *x.shape[1:])
-    where = jax.vmap(_places, (0, 0, None, None))(*comes, most, room).reshape(-1)
+    where = places(comes, room).reshape(-1)
     origin = jnp.full((room,), len(got), jnp.int32).at[where].set(jnp.arange(len(got), dtype=jnp.int32), mode="drop")
     return got.at[origin].get(mode="fill", fill_value=0)
 

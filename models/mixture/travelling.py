@@ -48,44 +48,46 @@ def travelling(
       weights, chosen: of each token's experts, which are counted over all devices.
       inner, gate, outer: W, V and U of this device's experts.
     """
-    return exchanged_experts(x, weights, chosen, inner, gate, outer, form=form, activation=activation, axes=axes)[0]
+    return _run(form, activation, axes, x, weights, chosen, inner, gate, outer)[0]
 
 
-@partial(jax.jit, static_argnames=("form", "activation", "axes"))
-def exchanged_experts(x, weights, chosen, inner, gate, outer, *, form, activation, axes):
-    """The result, and what the backward pass takes. FLOPs are counted by this name, a matrix of each stack a choice."""
+def _run(form, activation, axes, x, weights, chosen, inner, gate, outer):
+    """The result, and what the backward pass takes."""
     (n, d), k, flat = x.shape, chosen.shape[1], chosen.reshape(-1)
+    devices = jax.lax.axis_size(axes)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
-    table = slices(flat, len(inner) * jax.lax.axis_size(axes), axes)
+    table = slices(flat, len(inner) * devices, axes)
     rows = checkpoint_name(there(x[order // k], table, axes), ARRIVED)
     weight = checkpoint_name(there(weights.reshape(-1)[order], table, axes), ARRIVED)[:, None]
     # Behind the last row that came the expert is one more than there are.
     ends = jnp.cumsum(table.arrived)
     expert = jnp.searchsorted(ends, jnp.arange(len(rows), dtype=ends.dtype), side="right").astype(jnp.int32)[:, None]
-    y, kept = FORWARD[form](rows, weight, expert, inner, gate, outer, activation=activation)
+    arrived = (rows, weight, expert)
+    y, kept = _room(devices, FORWARD[form], activation)(*arrived, inner, gate, outer)
     out = back(y, table, axes)[place].reshape(n, k, d).sum(1, dtype=weights.dtype).astype(x.dtype)
-    return out, (order, place, table, (rows, weight, expert), kept)
-
-
-def _forward(form, activation, axes, x, weights, chosen, inner, gate, outer):
-    out, kept = exchanged_experts(x, weights, chosen, inner, gate, outer, form=form, activation=activation, axes=axes)
-    return out, (weights, chosen, inner, gate, outer, kept)
+    return out, (weights, inner, gate, outer, order, place, table, arrived, kept)
 
 
 def _backward(form, activation, axes, kept, pull):
-    return exchanged_experts_backward(pull, *kept, form=form, activation=activation, axes=axes)
-
-
-@partial(jax.jit, static_argnames=("form", "activation", "axes"))
-def exchanged_experts_backward(pull, weights, chosen, inner, gate, outer, kept, *, form, activation, axes):
     """The gradients; states have stayed where they came."""
-    (n, d), k = pull.shape, chosen.shape[1]
-    order, place, table, arrived, inside = kept
+    weights, inner, gate, outer, order, place, table, arrived, inside = kept
+    (n, d), k = pull.shape, weights.shape[1]
     pulls = there(pull[order // k], table, axes)
-    dx, dw, _, *matrices = BACKWARD[form](pulls, *arrived, inner, gate, outer, inside, activation=activation)
+    run = _room(jax.lax.axis_size(axes), BACKWARD[form], activation)
+    dx, dw, _, *matrices = run(pulls, *arrived, inner, gate, outer, inside)
     dx = back(dx, table, axes)[place].reshape(n, k, d).sum(1, dtype=weights.dtype).astype(pull.dtype)
     return dx, back(dw[:, 0], table, axes)[place].reshape(n, k), None, *matrices
 
 
-travelling.defvjp(_forward, _backward)
+def _room(devices, function, activation):
+    """Jitted under a name by which FLOPs are counted: there is room for all devices' rows, and on average one's are there."""
+
+    def run(*args):
+        return function(*args, activation=activation)
+
+    run.__name__ = f"room_for_{devices}"
+    return jax.jit(run)
+
+
+travelling.defvjp(_run, _backward)

@@ -108,6 +108,7 @@ PUBLISHED = {
     "embedder_7b": 7242,
     "llama_70b": 70554,
     "llama_8b": 8030,
+    "mixtral_8x7b": 46703,
     "modernbert_large": 395,
     "olmoe_1b_7b": 6919,
     "transnormer_1b": 1000,
