@@ -25,7 +25,7 @@ from partitioning.chips import chip_of
 CAUSAL_PREFIX = "attention_causal"
 # Experts in blocks loop as long as the choices need; a choice meets one matrix of each stack, twice in the backward pass.
 EXPERTS = {"grouped_experts": 1, "grouped_experts_backward": 2}
-# A jitted function of this name has room for so many times the rows that are there.
+# A jitted function of this name has room for so many times the rows that are there; its loops walk it in as many parts.
 ROOM = re.compile(r"room_for_(\d+)")
 
 
@@ -107,8 +107,10 @@ def _equation(equation: Any, name: str, causal: float) -> FlopCount:
     if kind == "scan":
         return params["length"] * _walk(params["jaxpr"].jaxpr, name, causal)
     if kind == "while":
-        # `fori_loop` between numbers is a scan already: what remains ends by its data.
+        # `fori_loop` between numbers is a scan already: what remains ends by its data, or walks a part of a room.
         body = _walk(params["body_jaxpr"].jaxpr, name, causal)
+        if room := ROOM.fullmatch(name):
+            return int(room[1]) * body
         return body + FlopCount(0.0, (name,) if body.flops else ())
     if kind == "cond":
         return max((_walk(branch.jaxpr, name, causal) for branch in params["branches"]), key=lambda count: count.flops)

@@ -18,8 +18,27 @@ from models.mixture.ragged import sorted_rows, sorted_rows_backward
 ARRIVED = "arrived"
 """What came to a device's experts, by the name that rematerialisation knows it by."""
 
-FORWARD: dict[str, Any] = {"blocks": grouped_experts, "ragged": sorted_rows}
-BACKWARD: dict[str, Any] = {"blocks": grouped_experts_backward, "ragged": sorted_rows_backward}
+
+def _blocks(x, weights, sizes, inner, gate, outer, *, activation, part):
+    del part
+    return grouped_experts(x, weights[:, None], _expert(x, sizes), inner, gate, outer, activation=activation)
+
+
+def _blocks_backward(pull, x, weights, sizes, inner, gate, outer, kept, *, activation, part):
+    del part
+    given = (pull, x, weights[:, None], _expert(x, sizes), inner, gate, outer, kept)
+    dx, dw, _, *matrices = grouped_experts_backward(*given, activation=activation)
+    return dx, dw[:, 0], *matrices
+
+
+def _expert(x, sizes):
+    """Of each row; behind the last one that is there it is one more than there are."""
+    ends = jnp.cumsum(sizes)
+    return jnp.searchsorted(ends, jnp.arange(len(x), dtype=ends.dtype), side="right").astype(jnp.int32)[:, None]
+
+
+FORWARD: dict[str, Any] = {"blocks": _blocks, "ragged": sorted_rows}
+BACKWARD: dict[str, Any] = {"blocks": _blocks_backward, "ragged": sorted_rows_backward}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -54,17 +73,13 @@ def travelling(
 def _run(form, activation, axes, x, weights, chosen, inner, gate, outer):
     """The result, and what the backward pass takes."""
     (n, d), k, flat = x.shape, chosen.shape[1], chosen.reshape(-1)
-    devices = jax.lax.axis_size(axes)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
-    table = slices(flat, len(inner) * devices, axes)
+    table = slices(flat, len(inner) * jax.lax.axis_size(axes), axes)
     rows = checkpoint_name(there(x[order // k], table, axes), ARRIVED)
-    weight = checkpoint_name(there(weights.reshape(-1)[order], table, axes), ARRIVED)[:, None]
-    # Behind the last row that came the expert is one more than there are.
-    ends = jnp.cumsum(table.arrived)
-    expert = jnp.searchsorted(ends, jnp.arange(len(rows), dtype=ends.dtype), side="right").astype(jnp.int32)[:, None]
-    arrived = (rows, weight, expert)
-    y, kept = _room(devices, FORWARD[form], activation)(*arrived, inner, gate, outer)
+    weight = checkpoint_name(there(weights.reshape(-1)[order], table, axes), ARRIVED)
+    arrived = (rows, weight, table.arrived)
+    y, kept = _room(FORWARD[form], activation, len(order), len(rows))(*arrived, inner, gate, outer)
     out = back(y, table, axes)[place].reshape(n, k, d).sum(1, dtype=weights.dtype).astype(x.dtype)
     return out, (weights, inner, gate, outer, order, place, table, arrived, kept)
 
@@ -74,19 +89,19 @@ def _backward(form, activation, axes, kept, pull):
     weights, inner, gate, outer, order, place, table, arrived, inside = kept
     (n, d), k = pull.shape, weights.shape[1]
     pulls = there(pull[order // k], table, axes)
-    run = _room(jax.lax.axis_size(axes), BACKWARD[form], activation)
-    dx, dw, _, *matrices = run(pulls, *arrived, inner, gate, outer, inside)
+    run = _room(BACKWARD[form], activation, len(order), len(pulls))
+    dx, dw, *matrices = run(pulls, *arrived, inner, gate, outer, inside)
     dx = back(dx, table, axes)[place].reshape(n, k, d).sum(1, dtype=weights.dtype).astype(pull.dtype)
-    return dx, back(dw[:, 0], table, axes)[place].reshape(n, k), None, *matrices
+    return dx, back(dw, table, axes)[place].reshape(n, k), None, *matrices
 
 
-def _room(devices, function, activation):
-    """Jitted under a name by which FLOPs are counted: there is room for all devices' rows, and on average one's are there."""
+def _room(function, activation, part, rows):
+    """Jitted under a name by which FLOPs are counted: there is room for all devices' rows, and on average a part is there."""
 
     def run(*args):
-        return function(*args, activation=activation)
+        return function(*args, activation=activation, part=part)
 
-    run.__name__ = f"room_for_{devices}"
+    run.__name__ = f"room_for_{rows // part}"
     return jax.jit(run)
 
 
