@@ -38,7 +38,7 @@ def ragged(
 
 
 def sorted_rows(
-    x: Float[Array, "R D"],
+    x: Float[Array, "R l d"],
     weights: Float[Array, " R"],
     sizes: Int[Array, " E"],
     inner: Float[Array, "E D F"],
@@ -47,11 +47,11 @@ def sorted_rows(
     *,
     activation: Activation,
     part: int,
-) -> tuple[Float[Array, "R D"], tuple[()]]:
+) -> tuple[Float[Array, "R l d"], tuple[()]]:
     """Rows that lie by expert, times their weights, as many of them as there are: a loop walks these in parts.
 
     Args:
-      x: states; what lies behind the last expert's rows is not looked at.
+      x: states, each in l lines, D = l d; what lies behind the last expert's rows is not looked at.
       weights: of each row.
       sizes: rows of each expert.
       inner, gate, outer: W, V and U of every expert.
@@ -64,7 +64,8 @@ def sorted_rows(
 
     def walk(i, out):
         rows, here = _part(i, part, sizes)
-        a, b = dot(rows(x), inner, here), dot(rows(x), gate, here)
+        mine = rows(x).reshape(part, -1)
+        a, b = dot(mine, inner, here), dot(mine, gate, here)
         # Weighted before the product, so that a weight's gradient does not ask for its result.
         hidden = ACTIVATIONS[activation](a) * b * rows(weights)[:, None].astype(x.dtype)
         return _set(out, dot(hidden, outer, here), i)
@@ -73,14 +74,18 @@ def sorted_rows(
 
 
 def sorted_rows_backward(pull, x, weights, sizes, inner, gate, outer, kept, *, activation, part):
-    """The gradients of `sorted_rows` by states, weights and matrices; what is inside is computed again, part by part."""
+    """The gradients of `sorted_rows` by states, weights and matrices; what is inside is computed again, part by part.
+
+    Those by states take the place of the results' as these are read.
+    """
     del kept
     add = lambda total, x, matrix, here, g: total + _by_matrix(x, matrix, here, g).astype(total.dtype)
 
     def walk(i, carry):
         dx, dw, d_inner, d_gate, d_outer = carry
         rows, here = _part(i, part, sizes)
-        g, mine, w = rows(pull), rows(x), rows(weights)[:, None].astype(x.dtype)
+        g, mine = (rows(y).reshape(part, -1) for y in (dx, x))
+        w = rows(weights)[:, None].astype(x.dtype)
         a, b = dot(mine, inner, here), dot(mine, gate, here)
         s, back = jax.vjp(ACTIVATIONS[activation], a)
         by_hidden = _by_rows(b, outer, here, g)
@@ -92,8 +97,8 @@ def sorted_rows_backward(pull, x, weights, sizes, inner, gate, outer, kept, *, a
         return dx, dw, add(d_inner, mine, inner, here, da), add(d_gate, mine, gate, here, db), d_outer
 
     sums = [jnp.zeros(m.shape, jnp.promote_types(m.dtype, jnp.float32)) for m in (inner, gate, outer)]
-    empty = (jnp.zeros_like(x), jnp.zeros_like(weights), *sums)
-    dx, dw, *sums = jax.lax.fori_loop(0, _parts(sizes, part), walk, empty)
+    begin = (pull, jnp.zeros_like(weights), *sums)
+    dx, dw, *sums = jax.lax.fori_loop(0, _parts(sizes, part), walk, begin)
     return dx, dw, *(total.astype(m.dtype) for total, m in zip(sums, (inner, gate, outer), strict=True))
 
 
@@ -121,4 +126,4 @@ def _part(i, part, sizes):
 
 
 def _set(x, new, i):
-    return jax.lax.dynamic_update_slice_in_dim(x, new, i * new.shape[0], axis=0)
+    return jax.lax.dynamic_update_slice_in_dim(x, new.reshape(-1, *x.shape[1:]), i * len(new), axis=0)

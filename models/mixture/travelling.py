@@ -21,14 +21,17 @@ ARRIVED = "arrived"
 
 def _blocks(x, weights, sizes, inner, gate, outer, *, activation, part):
     del part
-    return grouped_experts(x, weights[:, None], _expert(x, sizes), inner, gate, outer, activation=activation)
+    given = (x.reshape(len(x), -1), weights[:, None], _expert(x, sizes), inner, gate, outer)
+    y, kept = grouped_experts(*given, activation=activation)
+    return y.reshape(x.shape), kept
 
 
 def _blocks_backward(pull, x, weights, sizes, inner, gate, outer, kept, *, activation, part):
     del part
-    given = (pull, x, weights[:, None], _expert(x, sizes), inner, gate, outer, kept)
+    flat = lambda x: x.reshape(len(x), -1)
+    given = (flat(pull), flat(x), weights[:, None], _expert(x, sizes), inner, gate, outer, kept)
     dx, dw, _, *matrices = grouped_experts_backward(*given, activation=activation)
-    return dx, dw[:, 0], *matrices
+    return dx.reshape(x.shape), dw[:, 0], *matrices
 
 
 def _expert(x, sizes):
@@ -76,7 +79,7 @@ def _run(form, activation, axes, x, weights, chosen, inner, gate, outer):
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
     table = slices(flat, len(inner) * jax.lax.axis_size(axes), axes)
-    rows = checkpoint_name(there(x[order // k], table, axes), ARRIVED)
+    rows = checkpoint_name(there(_folded(x)[order // k], table, axes), ARRIVED)
     weight = checkpoint_name(there(weights.reshape(-1)[order], table, axes), ARRIVED)
     arrived = (rows, weight, table.arrived)
     y, kept = _room(FORWARD[form], activation, len(order), len(rows))(*arrived, inner, gate, outer)
@@ -88,11 +91,17 @@ def _backward(form, activation, axes, kept, pull):
     """The gradients; states have stayed where they came."""
     weights, inner, gate, outer, order, place, table, arrived, inside = kept
     (n, d), k = pull.shape, weights.shape[1]
-    pulls = there(pull[order // k], table, axes)
+    pulls = there(_folded(pull)[order // k], table, axes)
     run = _room(BACKWARD[form], activation, len(order), len(pulls))
     dx, dw, *matrices = run(pulls, *arrived, inner, gate, outer, inside)
     dx = back(dx, table, axes)[place].reshape(n, k, d).sum(1, dtype=weights.dtype).astype(pull.dtype)
     return dx, back(dw, table, axes)[place].reshape(n, k), None, *matrices
+
+
+def _folded(x):
+    """Rows of as many lines as numbers make 32 bits: so a TPU sends them, and a copy of all the room would reshape them."""
+    lines = max(4 // x.dtype.itemsize, 1)
+    return x.reshape(len(x), lines if x.shape[1] % lines == 0 else 1, -1)
 
 
 def _room(function, activation, part, rows):

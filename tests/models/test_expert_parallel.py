@@ -17,7 +17,8 @@ from awkward import TRUNK
 from running import tiny
 
 from models import Experts
-from models.mixture import exchange
+from models.mixture import exchange, ragged, travelling
+from models.mixture.blocks import plan
 from models.mixture.dispatch import dense, dropless
 from models.stack import POLICIES
 from partitioning import UserError, fsdp_expert
@@ -79,6 +80,14 @@ def test_no_row_is_lost_whatever_the_skew(sizes, form):
     """Empty experts and devices, all on one, one token: outputs and all gradients in float64."""
     with fsdp_expert(4).place().scope():
         assert_alike(found(form, sizes), found("dense", sizes))
+
+
+@pytest.mark.parametrize("sizes", [[3, 0, 9, 2], [0, 0, 0, 0], [32, 0, 0, 0]])
+def test_room_that_is_not_used_is_not_walked(sizes):
+    """Of room for 64 rows; each expert's rows are whole blocks."""
+    laid = plan(travelling._expert(jnp.zeros((64, D)), jnp.asarray(sizes, jnp.int32)), 4)
+    assert laid.used == sum(-(-size // laid.rows) for size in sizes)
+    assert ragged._parts(jnp.asarray(sizes, jnp.int32), 16) == -(-sum(sizes) // 16)
 
 
 def documented(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):

@@ -154,6 +154,8 @@ def test_room_for_the_worst_case_is_not_sent(given, made):
         "ROOT %y = f32[8]{0} sine(%x)",
     )
     assert sent(text, mesh_of(fsdp=2, expert=2)) == {("ragged-all-to-all", ("expert",), 8 * FLOAT, 1)}
+    # Read and written once; and what stands behind it.
+    assert traffic(parse(text)) == 2 * 8 * FLOAT + 2 * 8 * FLOAT
 
 
 def test_what_runs_on_behind_other_work_counts_where_it_starts():
