@@ -22,7 +22,7 @@ NAMES = (
     "gpu",
     "checkpoint",
 )
-APART = ("chaos",)
+APART = ("chaos", "expert_parallel")
 """Run when they are named, not with all."""
 
 

@@ -20,13 +20,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from models.block import Block, Context, Taps
 from models.masks import Mask
+from models.mixture.travelling import ARRIVED
 from models.positions import gather
 from models.side import Sides
 from partitioning import UserError
 
-Remat = Literal["none", "full", "dots", "dots_no_batch"]
+Remat = Literal["none", "full", "arrived", "dots", "dots_no_batch"]
 POLICIES: dict[str, Any] = {
     "full": None,
+    "arrived": jax.checkpoint_policies.save_only_these_names(ARRIVED),
     "dots": jax.checkpoint_policies.checkpoint_dots,
     "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }
@@ -44,8 +46,9 @@ class Stack(nnx.Module):
       head: factories of the first blocks, before the pattern starts.
       scan: whether whole repetitions are scanned; one program for each layer otherwise.
       unroll: repetitions in one trip of the scan. More is faster on CPU and compiles longer.
-      remat: what the backward pass recomputes: 'none', 'full' (everything), 'dots' (all but matrix products),
-        'dots_no_batch' (all but products with weights).
+      remat: what the backward pass recomputes: 'none', 'full' (everything), 'arrived' (all but tokens that came to
+        a device's experts, which would travel again), 'dots' (all but matrix products), 'dots_no_batch' (all but products
+        with weights).
       rngs: where the initial weights come from; layer i's do not depend on the grouping.
     """
 

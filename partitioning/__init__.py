@@ -10,16 +10,27 @@ from partitioning.errors import UserError
 
 if TYPE_CHECKING:
     from partitioning.mesh import make_mesh
-    from partitioning.presets import data, fsdp, fsdp_sequence, fsdp_tensor
-    from partitioning.rules import Placement, Rules, along, constrain, is_cut, on_each_device, platform, ways, whole
+    from partitioning.presets import data, fsdp, fsdp_expert, fsdp_sequence, fsdp_tensor
+    from partitioning.rules import (
+        Placement,
+        Rules,
+        along,
+        constrain,
+        cuts,
+        is_cut,
+        on_each_device,
+        platform,
+        ways,
+        whole,
+    )
 
 _HOMES = {
     "make_mesh": "partitioning.mesh",
     **dict.fromkeys(
-        ("Placement", "Rules", "along", "constrain", "is_cut", "on_each_device", "platform", "ways", "whole"),
+        ("Placement", "Rules", "along", "constrain", "cuts", "is_cut", "on_each_device", "platform", "ways", "whole"),
         "partitioning.rules",
     ),
-    **dict.fromkeys(("data", "fsdp", "fsdp_sequence", "fsdp_tensor"), "partitioning.presets"),
+    **dict.fromkeys(("data", "fsdp", "fsdp_expert", "fsdp_sequence", "fsdp_tensor"), "partitioning.presets"),
 }
 
 __all__ = [
@@ -28,8 +39,10 @@ __all__ = [
     "UserError",
     "along",
     "constrain",
+    "cuts",
     "data",
     "fsdp",
+    "fsdp_expert",
     "fsdp_sequence",
     "fsdp_tensor",
     "is_cut",

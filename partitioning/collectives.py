@@ -29,7 +29,8 @@ class Collective:
       kind: such as all-gather.
       axes: the mesh axes that its groups run along.
       bytes: of the array that it makes whole or takes whole, on each device: what an all-gather yields, and what an
-        all-reduce, a reduce-scatter, an all-to-all or a permutation is given; over all times.
+        all-reduce, a reduce-scatter, an all-to-all or a permutation is given; of a ragged all-to-all the smaller of what it
+        sends from and writes to; over all times.
       count: how often it runs.
       group: the devices of one group, as indices into the mesh's devices.
     """
@@ -85,6 +86,10 @@ def _collective(computation: Computation, one: Instruction, mesh: Mesh) -> tuple
         return None
     groups = _groups(one, mesh)
     given = sum(size(computation.instructions[name].result) for name in one.operands)
+    if kind_ == "ragged-all-to-all":
+        # Of its two buffers, what is sent from and what is written to, one may have room for the worst case: what crosses
+        # fits in the smaller one. The sizes and places that come behind them cross too, and are a few numbers.
+        given = min(size(computation.instructions[name].result) for name in one.operands[:2])
     if kind_ == "all-gather":
         return kind_, float(given * groups.shape[1]), tuple(groups[0].tolist())
     if kind_ == "all-reduce" and computation.name.startswith("all-reduce-scatter"):

@@ -5,7 +5,7 @@ from partitioning.errors import UserError
 from partitioning.rules import Rules, Table
 
 # Rows are cut over all of these. Nothing else is cut over `slice`, so that only sums over rows, the gradients, cross it.
-BATCH_AXES = ("slice", "data", "fsdp")
+BATCH_AXES = ("slice", "data", "fsdp", "expert")
 
 
 def table(**places: tuple[str, ...]) -> Table:
@@ -59,8 +59,26 @@ def fsdp_sequence(sequence: int = 2, tensor: int = 1, slices: int = 1) -> Rules:
     return _sharded(sequence=sequence, tensor=tensor, slice=slices)
 
 
+def fsdp_expert(expert: int = 2, tensor: int = 1, sequence: int = 1, slices: int = 1) -> Rules:
+    """Fully sharded, and experts shared out over `expert` devices, to which tokens travel and come back.
+
+    Rows are cut over these devices too, so that each has tokens of its own; whatever is no expert lies on all of them. The
+    other presets leave tokens where they are and gather the matrices of all experts, which sends less where experts are
+    small beside the tokens of a device. The number of experts divides by `expert`.
+
+    Args:
+      expert: devices that share out the experts.
+      tensor, sequence, slices: as in `fsdp_sequence`.
+
+    Source: "GShard", Lepikhin et al., 2020.
+    Differs: no token is dropped.
+    """
+    return _sharded(expert=expert, tensor=tensor, sequence=sequence, slice=slices)
+
+
 def _sharded(**sizes: int) -> Rules:
     wide: dict[str, tuple[str, ...]] = dict.fromkeys(("heads", "mlp", "vocab"), ("tensor",))
+    wide["expert"] = ("expert",)
     return Rules(
         mesh=_mesh("fsdp", **sizes),
         parameters=table(embed=("fsdp",), **wide),

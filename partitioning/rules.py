@@ -218,6 +218,15 @@ def is_cut(name: str) -> bool:
     return ways(name) > 1
 
 
+def cuts(name: str) -> tuple[str, ...]:
+    """The mesh axes over which the rules in scope cut activations along a logical axis: to talk along them inside
+    `on_each_device`; none outside a scope."""
+    placement = _SCOPE.get()
+    if placement is None:
+        return ()
+    return tuple(p for p in placement.rules.activations.get(name, ()) if placement.mesh.shape[p] > 1)
+
+
 @contextlib.contextmanager
 def whole(name: str) -> Iterator[None]:
     """Inside the block activations are not cut along a logical axis: for a few tokens of each row, `length` is no length."""
@@ -278,7 +287,7 @@ def along(
     """
     placement = _SCOPE.get()
     assert placement is not None
-    places = tuple(p for p in placement.rules.activations[name] if placement.mesh.shape[p] > 1)
+    places = cuts(name)
     spec = lambda n, shape: placement.spec(n, shape, table="activations", what=f"array {n}")
     run = jax.shard_map(
         lambda *parts: function(places, *parts),

@@ -40,6 +40,9 @@ def _moved(program: Program, computation: Computation, one: Instruction) -> floa
         return 2.0 * _far(one.result)
     if one.op == "dynamic-update-slice":
         return 2.0 * _far(given[1])
+    if one.op == "ragged-all-to-all":
+        # One of its buffers has room for the worst case; what is read and written fits in the other.
+        return 2.0 * min(map(_far, given[:2]))
     if one.op.endswith("-start"):
         # Its result also names what it reads.
         return 2.0 * sum(_far(shape) for shape in given)

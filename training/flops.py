@@ -3,12 +3,14 @@
 XLA's `cost_analysis` counts the body of a loop once. Here the jaxpr is walked, and each loop's body counts as often as
 it runs. Only products of matrices count, as in the published figures of model FLOPs.
 
-Two conventions. A jitted function whose name begins with `attention_causal` counts by half, since half of its products
-are masked. And a training step is three times its forward pass: what is recomputed in the backward pass is not counted.
+Three conventions. A jitted function whose name begins with `attention_causal` counts by half, since half of its products
+are masked. One that is called `room_for_8` counts by an eighth: of the rows that it has room for so many are there. And a
+training step is three times its forward pass: what is recomputed in the backward pass is not counted.
 """
 
 import functools
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from partitioning.chips import chip_of
 CAUSAL_PREFIX = "attention_causal"
 # Experts in blocks loop as long as the choices need; a choice meets one matrix of each stack, twice in the backward pass.
 EXPERTS = {"grouped_experts": 1, "grouped_experts_backward": 2}
+# A jitted function of this name has room for so many times the rows that are there; its loops walk it in as many parts.
+ROOM = re.compile(r"room_for_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -94,16 +98,19 @@ def _equation(equation: Any, name: str, causal: float) -> FlopCount:
         out_features = shapes[1][params["dimension_numbers"].rhs_spec[0]]
         return FlopCount(2.0 * result * math.prod(shapes[1]) / out_features)
     if kind in ("ragged_dot", "ragged_dot_general"):
-        # Each row meets the matrix of its own group only: [m, k] by one [k, n] out of [g, k, n].
-        return FlopCount(2.0 * result * shapes[0][-1])
+        # Each row meets one of its own only: the [k, n] of its group out of [g, k, n], or for the gradient of that a row [n].
+        met = result if len(shapes[1]) > len(shapes[0]) else math.prod(shapes[1])
+        return FlopCount(2.0 * math.prod(shapes[0]) * met / shapes[0][0])
     if kind.startswith("dot_product_attention_fwd"):
         # cuDNN's attention, query [B, T, N, H] and key [B, S, N, H]: two products. A causal one is halved by its name.
         return FlopCount(4.0 * math.prod(shapes[0]) * shapes[1][1])
     if kind == "scan":
         return params["length"] * _walk(params["jaxpr"].jaxpr, name, causal)
     if kind == "while":
-        # `fori_loop` between numbers is a scan already: what remains ends by its data.
+        # `fori_loop` between numbers is a scan already: what remains ends by its data, or walks a part of a room.
         body = _walk(params["body_jaxpr"].jaxpr, name, causal)
+        if room := ROOM.fullmatch(name):
+            return int(room[1]) * body
         return body + FlopCount(0.0, (name,) if body.flops else ())
     if kind == "cond":
         return max((_walk(branch.jaxpr, name, causal) for branch in params["branches"]), key=lambda count: count.flops)
@@ -120,6 +127,8 @@ def _equation(equation: Any, name: str, causal: float) -> FlopCount:
     total = FlopCount(0.0)
     for jaxpr in _inside(params):
         total += _walk(jaxpr, inner or name, causal)
+    if inner and (room := ROOM.fullmatch(inner)):
+        return 1 / int(room[1]) * total
     if not (inner and inner.startswith(CAUSAL_PREFIX)):
         return total
     # Kernels leave out what is masked.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
@@ -12,7 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from models.feed_forward import ACTIVATIONS, Activation
 from models.mixture.blocks import blocks
-from partitioning import UserError, along, is_cut, on_each_device, platform
+from models.mixture.ragged import ragged
+from models.mixture.travelling import travelling
+from partitioning import UserError, cuts, on_each_device, platform
 
 Form = Literal["blocks", "ragged", "dense", "capacity"]
 Matrices = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
@@ -39,32 +42,6 @@ def dense(
     return jnp.einsum("...e,...ef,efd->...d", share.astype(x.dtype), hidden, outer)
 
 
-def ragged(
-    activation: Activation,
-    x: Float[Array, "N D"],
-    weights: Float[Array, "N k"],
-    chosen: Int[Array, "N k"],
-    inner: Float[Array, "E D F"],
-    gate: Float[Array, "E D F"],
-    outer: Float[Array, "E F D"],
-) -> Float[Array, "N D"]:
-    """Tokens sorted by expert, and `ragged_dot` for each matrix: a kernel on TPUs; elsewhere XLA multiplies all by all.
-
-    Args:
-      activation: by name.
-      x: states.
-      weights, chosen: of each token's experts.
-      inner, gate, outer: W, V and U of every expert.
-    """
-    flat = chosen.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    sizes = jnp.bincount(flat, length=len(inner)).astype(jnp.int32)
-    rows = x[order // chosen.shape[1]]
-    hidden = ACTIVATIONS[activation](jax.lax.ragged_dot(rows, inner, sizes)) * jax.lax.ragged_dot(rows, gate, sizes)
-    each = jax.lax.ragged_dot(hidden, outer, sizes)[jnp.argsort(order)]
-    return (each.reshape(*chosen.shape, -1) * weights[..., None].astype(x.dtype)).sum(1)
-
-
 def dropless(
     form: Form | None,
     activation: Activation,
@@ -75,8 +52,9 @@ def dropless(
 ) -> Float[Array, "B S D"]:
     """The experts' results by one of the forms that drop no token.
 
-    Sorted forms run on each device with its own tokens and all experts, whose matrices come to it whole, or cut along the
-    features inside where the rules do that: tokens stay where they are.
+    Sorted forms run on each device. Where the rules in scope cut activations along `expert`, tokens travel: see `travelling`.
+    Elsewhere experts are gathered: tokens stay where they are, and the matrices of all experts come to each device. Both
+    with the features inside whole, or cut where the rules do that.
 
     Args:
       form: None is 'ragged' on a TPU and 'blocks' elsewhere.
@@ -84,26 +62,28 @@ def dropless(
       x: states.
       weights, chosen: of each token's experts.
       matrices: W, V and U of every expert.
+
+    Raises:
+      UserError: experts that do not divide over their devices.
     """
     if form == "dense":
         return dense(activation, x, weights, chosen, matrices)
     form = ("ragged" if platform() == "tpu" else "blocks") if form is None else form
-    run: Callable[..., jax.Array] = blocks if form == "blocks" else ragged
+    apart, inside = cuts("expert"), cuts("mlp")
+    gathered: Callable[..., jax.Array] = partial(blocks if form == "blocks" else ragged, activation)
+    run = partial(travelling, form, activation, apart) if apart else gathered
 
     def here(x, weights, chosen, *matrices):
         flat = lambda y: y.reshape(-1, y.shape[-1])
-        return run(activation, flat(x), flat(weights), flat(chosen), *matrices).reshape(x.shape)
+        out = run(flat(x), flat(weights), flat(chosen), *matrices).reshape(x.shape)
+        # Each device has a part of the sum over the features inside.
+        return (jax.lax.psum(out, inside) if inside else out,)
 
     tokens = ("batch", "length", None)
     arrays: list[tuple[jax.Array, tuple[str | None, ...]]] = [(y, tokens) for y in (x, weights, chosen)]
-    names = ((None, None, "mlp"), (None, None, "mlp"), (None, "mlp", None))
+    names = (("expert", None, "mlp"), ("expert", None, "mlp"), ("expert", "mlp", None))
     arrays += list(zip(matrices, names, strict=True))
-    results = [(x.shape, tokens)]
-    if is_cut("mlp"):
-        # Each device has a part of the sum over the features inside.
-        (out,) = along("mlp", lambda axes, *parts: (jax.lax.psum(here(*parts), axes),), arrays, results)
-    else:
-        (out,) = on_each_device(lambda *parts: (here(*parts),), arrays, results)
+    (out,) = on_each_device(here, arrays, [(x.shape, tokens)])
     return out
 
 

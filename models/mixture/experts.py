@@ -46,7 +46,8 @@ class Experts(nnx.Module):
       form: how experts are run. 'blocks' multiplies the sorted tokens by blocks, 'ragged' by `ragged_dot`; 'dense' runs all
         experts on all tokens; these drop none. 'capacity' gives each expert as many tokens at most, later ones of the batch
         are dropped, and rows are not independent. None is 'ragged' on a TPU and 'blocks' elsewhere. Where experts choose,
-        all take as many tokens, and the form is not asked.
+        all take as many tokens, and the form is not asked. Whether experts come to tokens or tokens to experts the rules
+        say: see `partitioning.fsdp_expert`.
       capacity: of the form 'capacity', and of no other, an expert's most tokens over those it has when all have as many.
       rngs: where the initial weights come from.
 

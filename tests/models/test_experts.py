@@ -15,7 +15,7 @@ from models import Experts, TopKRouter
 from models.mixture import blocks as module
 from models.mixture.blocks import blocks, plan
 from models.mixture.dispatch import dense, ragged
-from partitioning import UserError, data, fsdp, fsdp_sequence, fsdp_tensor
+from partitioning import UserError, data, fsdp, fsdp_expert, fsdp_sequence, fsdp_tensor
 from training.flops import FlopCount, executed_flops, forward_flops
 
 B, S, D, E = 3, 5, 6, 4
@@ -216,18 +216,29 @@ def test_what_has_no_room_is_dropped_and_counted():
     assert not nnx.merge(layer()[0], state).couples_rows
 
 
-RULES = {"data": data(), "fsdp": fsdp(), "tensor": fsdp_tensor(2), "sequence": fsdp_sequence(2, tensor=2)}
+RULES = {
+    "data": data(),
+    "fsdp": fsdp(),
+    "tensor": fsdp_tensor(2),
+    "sequence": fsdp_sequence(2, tensor=2),
+    "expert": fsdp_expert(4),
+    "expert and tensor": fsdp_expert(2, tensor=2),
+    "expert and sequence": fsdp_expert(2, sequence=2),
+}
 
 
 @pytest.mark.parametrize("form", ["blocks", "ragged", "capacity"])
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 def test_eight_devices_are_one(rules, form):
-    """Outputs and all gradients, whatever is cut; tokens stay on their device where none is dropped."""
+    """Outputs, side terms and all gradients, whatever is cut."""
     inputs, changes = example(rows=8, length=4), {"form": form, "capacity": 2.0 if form == "capacity" else None}
     expected = found(*inputs, **changes)
     place = rules.place()
     with place.scope():
-        assert_alike(found(*inputs, **changes), expected)
+        own = found(*inputs, **changes)
+    assert_alike(own, expected)
+    for a, b in zip(jax.tree.leaves(own[1]), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10)
 
 
 def test_tokens_are_not_sorted_across_devices():

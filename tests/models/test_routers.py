@@ -27,9 +27,7 @@ from models import (
 from models.mixture.by_token import is_frequent
 from models.variables import Statistic, flatten
 from objectives import MaskedLM, MomentumQueue, RandomTokens
-from partitioning import UserError, data, fsdp, fsdp_sequence, fsdp_tensor
-from partitioning.presets import table
-from partitioning.rules import Rules
+from partitioning import UserError, data, fsdp, fsdp_expert, fsdp_sequence, fsdp_tensor
 from training.optimizers import Sgd
 
 B, S, D, E, V = 3, 5, 6, 4, 37
@@ -320,12 +318,12 @@ def moved(run, batches):
     return {n: np.asarray(v) for n, v in (state.params | state.buffers).items()}, figures
 
 
-BY_EXPERT = Rules(
-    mesh={"fsdp": 2, "expert": 4},
-    parameters=table(embed=("fsdp",), expert=("expert",)),
-    activations=table(batch=("fsdp", "expert")),
-)
-RULES = {"fsdp": fsdp(), "tensor": fsdp_tensor(2), "sequence": fsdp_sequence(2), "expert": BY_EXPERT}
+RULES = {
+    "fsdp": fsdp(),
+    "tensor": fsdp_tensor(2),
+    "sequence": fsdp_sequence(2),
+    "expert": fsdp_expert(4),
+}
 
 
 # The router with a statistic and a parameter on every mesh; the others on one, and on the rest in the long run.

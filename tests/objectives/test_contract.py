@@ -10,15 +10,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from awkward import CASES, ROWS, build, in_float64
+from awkward import CASES, EXPERTS, ROWS, Case, build, in_float64
 
+from models import Attention, Block, Experts, RMSNorm, SigmoidRouter
+from objectives import CausalLM
 from objectives.base import Batch
 from objectives.draws import draws
-from partitioning import UserError, data, fsdp, fsdp_sequence, fsdp_tensor
+from partitioning import UserError, data, fsdp, fsdp_expert, fsdp_sequence, fsdp_tensor
 from training.optimizers import Sgd
 from training.step import Step
 from training.trees import Trees
 
+# Two layers of experts, one with a bias that moves.
+ROUTED = Case(
+    CausalLM(),
+    model=partial(
+        EXPERTS,
+        layers=2,
+        pattern=[
+            partial(
+                Block,
+                mixer=partial(Attention, heads=2),
+                feed_forward=partial(Experts, experts=8, hidden=8, router=router),
+                norm=RMSNorm,
+            )
+            for router in (None, partial(SigmoidRouter, groups=2, rate=0.1))
+        ],
+    ),
+)
 ACCUMULATING = [name for name, case in CASES.items() if case.accumulates]
 
 
@@ -30,7 +49,7 @@ def _float64():
 
 def gradients(name: str, rules, devices: int, accumulate: int = 1):
     """Loss, reduced sums and gradients of a case on a mesh, in float64."""
-    case = CASES[name]
+    case = ROUTED if name == "routed" else CASES[name]
     model = in_float64(case.model)
     objective = _float64_parts(case.objective)
     case = replace(case, model=model, objective=objective)
@@ -126,6 +145,16 @@ LONGER = [name for name in CASES if name != "grpo"]
 def test_rows_cut_along_their_length_equal_one(name):
     """An encoder and a decoder; heads are cut, and there are two slices. An encoder-decoder: models/test_cut_rows.py."""
     assert_same(on_one(name), gradients(name, EVERY_WAY, 8))
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [fsdp_expert(4), fsdp_expert(2, tensor=2), fsdp_expert(2, sequence=2)],
+    ids=["fully sharded", "tensor", "sequence"],
+)
+def test_experts_shared_out_equal_one(rules):
+    """Side terms with the balance over the whole batch, and the bias that moves by what all devices chose."""
+    assert_same(on_one("routed"), gradients("routed", rules, 8, accumulate=2))
 
 
 @pytest.mark.long

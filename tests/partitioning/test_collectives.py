@@ -142,6 +142,22 @@ def test_pairs_count_once_and_a_group_of_one_not_at_all():
     assert sent(text, mesh_of(data=2)) == {("all-gather", ("data",), 16 * FLOAT, 1)}
 
 
+@pytest.mark.parametrize(("given", "made"), [(8, 64), (64, 8)])
+def test_room_for_the_worst_case_is_not_sent(given, made):
+    """Of a ragged all-to-all's two buffers the smaller one bounds what crosses; its tables are left out."""
+    text = program(
+        f"%g = f32[{given}]{{0}} parameter(1)",
+        f"%m = f32[{made}]{{0}} parameter(2)",
+        "%t = s32[8]{0} parameter(3)",
+        f"%r = f32[{made}]{{0}} ragged-all-to-all(%g, %m, %t, %t, /*index=4*/%t, %t), channel_id=1, "
+        "replica_groups={{0,1},{2,3}}",
+        "ROOT %y = f32[8]{0} sine(%x)",
+    )
+    assert sent(text, mesh_of(fsdp=2, expert=2)) == {("ragged-all-to-all", ("expert",), 8 * FLOAT, 1)}
+    # Read and written once; and what stands behind it.
+    assert traffic(parse(text)) == 2 * 8 * FLOAT + 2 * 8 * FLOAT
+
+
 def test_what_runs_on_behind_other_work_counts_where_it_starts():
     """A TPU's program shows such a collective in the fusion that starts it, in those it runs behind, and where it ends."""
     attributes = 'channel_id=9, replica_groups=[1,2]<=[2], dimensions={0}, frontend_attributes={chain_id="0"}'

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from partitioning import Rules, UserError, data, fsdp, fsdp_sequence, fsdp_tensor, make_mesh
+from partitioning import Rules, UserError, data, fsdp, fsdp_expert, fsdp_sequence, fsdp_tensor, make_mesh
 from partitioning.axes import MESH_AXES
 from partitioning.presets import table
 from partitioning.rules import Placement
@@ -30,6 +30,17 @@ def test_parameters_lie_whole_on_a_slice_and_rows_on_one(rules, parameter, activ
     assert place.parameter(("embed", "heads"), (8, 8), "w").spec == parameter
     spec = place.spec(("batch", "length", "heads"), (8, 8, 8), table="activations", what="q")
     assert spec == activation
+
+
+def test_rows_and_experts_are_cut_over_the_same_devices():
+    """Matrices of experts and their activations too; other parameters lie on all of these devices."""
+    place = fsdp_expert(2, tensor=2).place()
+    assert place.parameter(("expert", "embed", "mlp"), (8, 8, 8), "w").spec == PartitionSpec("expert", "fsdp", "tensor")
+    assert place.parameter(("embed", "mlp"), (8, 8), "w").spec == PartitionSpec("fsdp", "tensor")
+    assert place.rows((8, 8), "tokens").spec == PartitionSpec(("fsdp", "expert"))
+    names = ("batch", "length", None)
+    spec = fsdp_expert(2, sequence=2, slices=2).place().spec(names, (8, 8, 8), table="activations", what="x")
+    assert spec == PartitionSpec(("slice", "expert"), "sequence")
 
 
 def test_a_size_below_one_is_refused():

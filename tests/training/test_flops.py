@@ -122,6 +122,9 @@ def test_branches_loops_and_convolutions():
     rows, experts = jax.ShapeDtypeStruct((10, 8), jnp.float32), jax.ShapeDtypeStruct((3, 8, 4), jnp.float32)
     ragged = forward_flops(jax.lax.ragged_dot, rows, experts, jax.ShapeDtypeStruct((3,), jnp.int32))
     assert ragged == FlopCount(2 * 10 * 8 * 4)
+    # Its gradients too: of the rows, by other matrices, and of the matrices, by other rows.
+    pulled = jax.grad(lambda *args: jnp.sin(jax.lax.ragged_dot(*args)).sum(), (0, 1))
+    assert forward_flops(pulled, rows, experts, jax.ShapeDtypeStruct((3,), jnp.int32)) == 3 * ragged
 
 
 def test_a_sharded_body_counts_on_every_device():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from awkward import CASES, TRUNK
 from running import Toy, assert_same_end, devices, killed_after, metrics, record, tiny
 
 from data import Mixture, Records
+from models import Experts, SigmoidRouter
 from objectives import ExcessLossMixing
-from partitioning import UserError, data, fsdp_tensor
+from partitioning import UserError, data, fsdp_expert, fsdp_tensor
 from training.ema import Ema
 from training.loop import Interrupt
 from training.run import Stage
@@ -142,10 +144,25 @@ def test_other_devices_see_the_same_batches_and_go_on(tmp_path):
         assert got[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-5)
 
 
+def test_experts_shared_out_resume_here_and_on_another_mesh(tmp_path):
+    """Bit for bit where they were, the router's bias too; elsewhere with the same losses."""
+    model = partial(TRUNK, layers=1, feed_forward=partial(Experts, experts=8, hidden=8, router=SigmoidRouter))
+    run = partial(tiny, "clm", model=model)
+    run(rules=fsdp_expert(4)).train(tmp_path / "whole")
+    for name, rules in (("here", fsdp_expert(4)), ("there", fsdp_expert(2, sequence=2, tensor=2))):
+        killed_after(2, tmp_path / "whole", tmp_path / name)
+        run(rules=rules).train(tmp_path / name)
+    assert_same_end(tmp_path / "whole", tmp_path / "here", 4)
+    moved = [record(tmp_path / "whole", step)["leaves"] for step in (2, 4)]
+    (bias,) = {name for name in moved[0] if name.endswith("layers/0/feed_forward/router/bias")}
+    assert moved[0][bias] != moved[1][bias]
+    expected, got = (metrics(tmp_path / name) for name in ("whole", "there"))
+    for step in (3, 4):
+        assert got[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-5)
+
+
 def test_a_checkpoint_does_not_know_how_its_stack_was_scanned(tmp_path):
     """Layers go by index: a scanned run goes on unscanned, with the same leaves and the same losses."""
-    from functools import partial
-
     run = tiny("experts")
     with devices(1):
         run.train(tmp_path / "whole")
