@@ -127,7 +127,8 @@ class SigmoidRouter(nnx.Module):
         taken = took(chosen, self.experts, logits.dtype)
         counts = (taken * present[..., None]).sum((0, 1))
         weights = observed(weights, {"bias": bias}, {"bias": counts})
-        return Routing(chosen, self.scale * weights, taken, scores / scores.sum(-1, keepdims=True), logits)
+        shares = scores / scores.sum(-1, keepdims=True)
+        return Routing(chosen, self.scale * weights, taken, shares, logits, jax.lax.stop_gradient(bias))
 
     def _allowed(self, ranked: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
         """-inf outside the best groups."""

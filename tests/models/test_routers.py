@@ -24,7 +24,9 @@ from models import (
     TopKRouter,
     WarmUpRouter,
 )
+from models.loads import Loads
 from models.mixture.by_token import is_frequent
+from models.side import apart
 from models.variables import Statistic, flatten
 from objectives import MaskedLM, MomentumQueue, RandomTokens
 from partitioning import UserError, data, fsdp, fsdp_sequence, fsdp_tensor
@@ -207,7 +209,7 @@ def layer(kind, **changes):
 
     def loss(state, x=X):
         out, sides = nnx.merge(graph, state, rest)(jnp.asarray(x), jnp.asarray(PRESENT), context())
-        return (out**2).sum() + sum(side.total.sum() for side in sides.values()), out
+        return (out**2).sum() + sum(side.total.sum() for side in apart(sides)[0].values()), out
 
     return graph, state, loss
 
@@ -311,12 +313,12 @@ KINDS = {
 
 
 def moved(run, batches):
-    """The state after steps on these batches, and the last metrics."""
+    """The state after steps on these batches, and the last metrics and loads."""
     plan = run.plan()
     state, program, figures = plan.init(), plan.compile(plan.stages[0]), {}
     for batch in batches:
         state, out = program(state, plan.put(plan.stages[0], batch))
-        figures = out["metrics"]
+        figures = out["metrics"] | Loads(out["tallies"]).figures()
     return {n: np.asarray(v) for n, v in (state.params | state.buffers).items()}, figures
 
 
@@ -343,14 +345,20 @@ MESHES = [
 
 @pytest.mark.parametrize(("kind", "rules"), MESHES)
 def test_eight_devices_and_micro_batches_are_one(kind, rules):
-    """Parameters, biases and running means after three steps, with the balance over the whole batch."""
+    """Parameters, biases, running means and loads after three steps, with the balance over the whole batch."""
     run = partial(tiny, "clm", model=model(kind), batch_size=16, optimizer=Sgd(learning_rate=0.5))
     batches = [plain_batch(i) for i in range(3)]
     with devices(1):
-        one, _ = moved(run(rules=data()), batches)
-        parts, _ = moved(run(rules=data(), accumulate=2), batches)
+        one, figures = moved(run(rules=data()), batches)
+        parts, by_parts = moved(run(rules=data(), accumulate=2), batches)
     with devices(8):
-        many, _ = moved(run(rules=rules), batches)
+        many, by_many = moved(run(rules=rules), batches)
+    loads = {name for name in figures if name.startswith("experts/")}
+    assert {"experts/trunk/layers/2/load", "experts/trunk/entropy", "experts/trunk/largest"} <= loads
+    assert ("experts/trunk/layers/0/bias" in loads) == any(name.endswith("bias") for name in one)
+    for name in loads:
+        for other in (by_parts, by_many):
+            np.testing.assert_allclose(other[name], figures[name], rtol=1e-9, err_msg=name)
     statistics = [name for name in one if name.endswith(("bias", "mean_square"))]
     assert all(np.abs(one[name] - name.endswith("square")).max() > 1e-3 for name in statistics)
     for name, value in one.items():
@@ -407,7 +415,9 @@ def test_capacity_is_counted_and_couples_rows():
     made = model(TopKRouter, form="capacity", capacity=0.5)
     with devices(1):
         _, figures = moved(tiny("clm", model=made, rules=data(), batch_size=16), [plain_batch(0)])
-    assert 0.3 < figures["side/trunk/dropped"] < 0.9
+    assert 0.3 < figures["experts/trunk/dropped"] < 0.9
+    each = [figures[f"experts/trunk/layers/{i}/dropped"] for i in range(3)]
+    np.testing.assert_allclose(figures["experts/trunk/dropped"], np.mean([by_expert.sum() for by_expert in each]))
     with pytest.raises(UserError, match=r"accumulate = 2 .*Experts.form = 'blocks', or accumulate = 1"):
         tiny("clm", model=made, rules=data(), batch_size=16, accumulate=2).plan()
 
