@@ -23,7 +23,7 @@ from models.positions import gather, last_documents
 from models.side import Sides, Tallies, apart
 from models.stack import Remat, Stack
 from models.variables import param
-from models.vocabulary import Vocabulary
+from models.vocabulary import Vocabulary, within
 from partitioning import UserError, constrain
 
 
@@ -127,16 +127,17 @@ class Trunk(nnx.Module):
             dropout=dropout,
         )
         pattern = (plain,) if pattern is None else tuple(pattern)
-        self.stack = Stack(
-            width,
-            layers=layers,
-            pattern=pattern,
-            head=tuple(head_blocks),
-            scan=scan,
-            unroll=unroll,
-            remat=remat,
-            rngs=rngs,
-        )
+        with within(vocabulary):
+            self.stack = Stack(
+                width,
+                layers=layers,
+                pattern=pattern,
+                head=tuple(head_blocks),
+                scan=scan,
+                unroll=unroll,
+                remat=remat,
+                rngs=rngs,
+            )
         self.final_norm = norm(width) if final_norm else None
         make_head: Any = TiedHead if head is None else head
         self.head: Any = make_head(width, vocabulary, multiple=vocab_multiple, rngs=rngs) if embeddings else None

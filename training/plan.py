@@ -224,8 +224,9 @@ class Plan:
 
 
 def vocabulary_of(reader: Any) -> Vocabulary:
-    """A trunk's vocabulary from a reader's sizes and specials."""
-    return Vocabulary(size=reader.vocabulary, **{k: int(v) for k, v in vars(reader.specials).items()})
+    """A trunk's vocabulary from a reader's sizes, specials and frequencies."""
+    specials = {k: int(v) for k, v in vars(reader.specials).items()}
+    return Vocabulary(size=reader.vocabulary, frequencies=reader.frequencies, **specials)
 
 
 def build(run: Run, vocabulary: Vocabulary, key: jax.Array, given: Mapping[str, Flat]) -> dict[str, Companion]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -272,6 +273,30 @@ def test_frequencies_from_a_file(tmp_path):
             router(MaskedRouter, frequencies=str(tmp_path / name))
 
 
+def test_frequencies_of_the_text_that_a_run_trains_on():
+    """A trunk hands its vocabulary to the routers inside, of which each layer draws its own table."""
+    told = replace(VOCABULARY, frequencies=lambda: COUNTS / COUNTS.sum())
+    made = partial(TRUNK, layers=2, feed_forward=partial(Experts, experts=8, router=MaskedRouter))
+    given = partial(MaskedRouter, frequencies=COUNTS)
+    tables = [
+        np.asarray(trunk(vocabulary, rngs=nnx.Rngs(0)).stack.scanned["0"].feed_forward.router.visible.get_value())
+        for trunk, vocabulary in (
+            (made, told),
+            (partial(made, feed_forward=partial(Experts, experts=8, router=given)), VOCABULARY),
+        )
+    ]
+    np.testing.assert_array_equal(*tables)
+    assert (tables[0].sum(-1) == np.where(is_frequent(COUNTS, 0.9), 8, 1)).all()
+    with pytest.raises(
+        UserError, match=r"MaskedRouter\.frequencies: expected a count for each token id, where no run's"
+    ):
+        made(VOCABULARY, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match=r"HashRouter\.vocabulary: expected how many ids there are, outside a trunk"):
+        router(HashRouter)
+    hashed = model(HashRouter)(VOCABULARY, rngs=nnx.Rngs(0))
+    assert hashed.stack.scanned["0"].feed_forward.router.table.get_value().shape == (3, V, 2)
+
+
 def test_expert_choice_is_a_loop_in_numpy():
     """Every expert takes its C likeliest of a row; a token's result is the sum over those that took it."""
     _, state, loss = layer(ExpertChoice)
@@ -407,7 +432,7 @@ def test_expert_choice_in_an_encoder():
         layer(ExpertChoice, form="blocks")[2](layer(ExpertChoice)[1])
     for kind in (partial(HashRouter, vocabulary=V + 1), partial(MaskedRouter, frequencies=[1.0] * (V + 1), frequent=2)):
         with pytest.raises(UserError, match=r"another vocabulary: it has 38 ids, the trunk's vocabulary has 37"):
-            moved(tiny("clm", model=model(kind), batch_size=16), [])
+            tiny("clm", model=model(kind), batch_size=16).plan()
 
 
 def test_capacity_is_counted_and_couples_rows():
