@@ -180,8 +180,10 @@ class Run:
         return Plan.of(self, devices)
 
     def abstract(self) -> Any:
-        """The abstract build, so that a missing value shows before step 0."""
-        return self.plan()
+        """The abstract build and an abstract call, so that a missing value and a refused call show before step 0."""
+        plan = self.plan()
+        plan.exercise()
+        return plan
 
     def train(
         self, out: str | Path, *, operative: str = "", debug: bool = False, watch: Any = None

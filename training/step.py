@@ -98,6 +98,19 @@ class Step:
         out = {"metrics": metrics, "sums": stats, "tallies": tallies}
         return replace(new, step=state.step + 1, frozen=state.frozen, guard=guard), out
 
+    def forward(self, state: State, batch: Batch) -> Loss:
+        """The loss of the first micro-batch, as the step's own call has it; traced before step 0, for what it refuses."""
+        key = draws(jax.random.key(self.seed), state.step, batch["row"], self.batch_size)
+        models = self.trees.models(state.params, state.frozen, state.buffers)
+        batch = self.objective.prepare(models, batch, step=state.step, key=key)
+        part = {k: v if k.startswith(SHARED) else self._parts(v)[0] for k, v in batch.items()}
+        return self._call(state, state.params, {}, part)[0]
+
+    def _call(self, state: State, params: Any, statistics: Any, part: Batch) -> tuple[Loss, Models]:
+        models = self.trees.models(params, state.frozen, state.buffers | statistics, training=True)
+        key = draws(jax.random.key(self.seed), state.step, part["row"], self.batch_size)
+        return self.objective(models, part, step=state.step, key=key), models
+
     def gradients(
         self, state: State, batch: Batch
     ) -> tuple[dict[str, Array], dict[str, Array], Stats, dict[str, Array], Tallies]:
@@ -111,10 +124,7 @@ class Step:
 
         statistics = {name: value for name, value in state.buffers.items() if name in self.trees.statistics}
 
-        def call(params: Any, statistics: Any, part: Batch) -> tuple[Loss, Models]:
-            models = self.trees.models(params, state.frozen, state.buffers | statistics, training=True)
-            key = draws(jax.random.key(self.seed), state.step, part["row"], self.batch_size)
-            return self.objective(models, part, step=state.step, key=key), models
+        call = partial(self._call, state)
 
         def weights(part: Batch) -> Stats:
             loss, models = call(state.params, statistics, part)

@@ -15,6 +15,7 @@ from flax import nnx
 from running import Toy, devices, tiny
 
 from models import (
+    Bidirectional,
     Causal,
     ExpertChoice,
     Experts,
@@ -50,7 +51,7 @@ def _float64():
 
 def context(**changes):
     """What a router reads of a block's context."""
-    plain = {"tokens": jnp.asarray(TOKENS), "vocabulary": V, "keys": None, "causal": False, "cache": None}
+    plain = {"tokens": jnp.asarray(TOKENS), "vocabulary": V, "keys": None, "mask": Bidirectional(), "cache": None}
     return SimpleNamespace(**plain | changes)
 
 
@@ -419,20 +420,43 @@ def test_what_the_balance_is_taken_over(scope):
 
 
 def test_expert_choice_in_an_encoder():
-    """It trains under a mask that sees all; a causal one is refused, and a table of another vocabulary."""
+    """It trains under a mask that sees all."""
     objective = MaskedLM(select=RandomTokens(rate=0.5))
     with devices(1):
         _, figures = moved(
             tiny("clm", model=model(ExpertChoice), objective=objective, rules=data(), batch_size=16), [plain_batch(0)]
         )
     assert np.isfinite(figures["side/trunk/balance"])
-    with pytest.raises(UserError, match="ExpertChoice lets experts see the whole row"):
-        moved(tiny("clm", model=model(ExpertChoice), batch_size=16), [])
     with pytest.raises(UserError, match=r"Experts\.form = 'blocks': experts that choose all take as many"):
         layer(ExpertChoice, form="blocks")[2](layer(ExpertChoice)[1])
-    for kind in (partial(HashRouter, vocabulary=V + 1), partial(MaskedRouter, frequencies=[1.0] * (V + 1), frequent=2)):
-        with pytest.raises(UserError, match=r"another vocabulary: it has 38 ids, the trunk's vocabulary has 37"):
-            tiny("clm", model=model(kind), batch_size=16).plan()
+
+
+REFUSED = {
+    "top-k": ("clm", model(TopKRouter, top_k=9), r"Experts\.top_k = 9 is more than the 8 experts"),
+    "hash": ("clm", model(partial(HashRouter, vocabulary=V + 1)), r"HashRouter's .* another vocabulary: it has 38 ids"),
+    "masked": (
+        "clm",
+        model(partial(MaskedRouter, frequencies=[1.0] * 9)),
+        r"MaskedRouter's .* it has 9 ids, the trunk's .* 37",
+    ),
+    "causal": ("clm", model(ExpertChoice), "ExpertChoice lets experts see the whole row"),
+    "prefix": ("prefix_lm", model(ExpertChoice), "ExpertChoice lets experts see the whole row"),
+    "two modes": ("gpt_bert", model(ExpertChoice), "ExpertChoice lets experts see the whole row"),
+    # Of the rows of a micro-batch.
+    "capacity": (
+        "clm",
+        model(TopKRouter, form="capacity", capacity=0.07),
+        r"capacity = 0\.07: 96 choices of 8 experts give 0\.84",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_config_cannot_ask_for(name):
+    """Shown by the abstract call, before anything is compiled or written."""
+    case, made, words = REFUSED[name]
+    with devices(1), pytest.raises(UserError, match=words):
+        tiny(case, model=made, rules=data(), batch_size=4).abstract()
 
 
 def test_capacity_is_counted_and_couples_rows():
