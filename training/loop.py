@@ -105,6 +105,8 @@ def _trained(
         if watch.dump and not debug:
             for stage, program in zip(remaining, programs, strict=True):
                 progress.say(f"program written: {dump(program, stage.first, out)}")
+        for line in plan.trees.warnings:
+            progress.say(line)
         loop = Loop(plan, store, log, writer, progress, interrupt, goodput, Hosts(out, goodput), trace)
         for stage, program in zip(remaining, programs, strict=True):
             with goodput("step"):

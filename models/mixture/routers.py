@@ -239,6 +239,11 @@ class ExpertChoice(nnx.Module):
     Differs: experts choose among the tokens of a row, not of the batch, so that rows are independent.
     """
 
+    warning = (
+        "models.ExpertChoice: documents packed in one row are not independent, their tokens compete for experts; "
+        "data.Cached.pack = False reads one a row"
+    )
+
     def __init__(self, width: int, *, experts: int, top_k: int, rngs: nnx.Rngs):
         self.experts, self.top_k = experts, at_most(experts, top_k)
         self.kernel = param(normal(rngs, (width, experts)), ("embed", None))

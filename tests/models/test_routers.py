@@ -34,6 +34,7 @@ from objectives import MaskedLM, MomentumQueue, RandomTokens
 from partitioning import UserError, data, fsdp, fsdp_sequence, fsdp_tensor
 from partitioning.presets import table
 from partitioning.rules import Rules
+from training.description import described
 from training.optimizers import Sgd
 
 B, S, D, E, V = 3, 5, 6, 4, 37
@@ -423,8 +424,10 @@ def test_expert_choice_in_an_encoder():
     """It trains under a mask that sees all."""
     objective = MaskedLM(select=RandomTokens(rate=0.5))
     with devices(1):
-        _, figures = moved(
-            tiny("clm", model=model(ExpertChoice), objective=objective, rules=data(), batch_size=16), [plain_batch(0)]
+        run = tiny("clm", model=model(ExpertChoice), objective=objective, rules=data(), batch_size=16)
+        _, figures = moved(run, [plain_batch(0)])
+        assert described(run.plan())[-1].startswith(
+            "models.ExpertChoice: documents packed in one row are not independent"
         )
     assert np.isfinite(figures["side/trunk/balance"])
     with pytest.raises(UserError, match=r"Experts\.form = 'blocks': experts that choose all take as many"):
