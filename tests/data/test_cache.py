@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 import data
 from data import cache, cache_writing, tasks
-from data.columns import MemorySplit, Tokenized
+from data.columns import MemorySplit, Tokenized, reordered
 from data.sources import InMemory
 from partitioning.errors import UserError
 
@@ -54,6 +55,7 @@ def everything(split):
 @pytest.mark.parametrize(("records", "tokenizer"), [(TEXTS, data.Bytes()), (TEXTS, PIECES), (MIXED, data.Bytes())])
 def test_columns_come_back_aligned(records, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_writing, "CHUNK", 64)  # many chunks, cut inside examples
+    monkeypatch.setattr(cache_writing, "reordered", partial(reordered, group=200))
     folder = data.prepare(task(records, tokenizer=tokenizer), str(tmp_path))
     opened = cache.Cache(folder)
     held = Tokenized(opened.tokenizer, "held")

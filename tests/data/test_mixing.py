@@ -43,6 +43,21 @@ def test_frequencies_are_those_of_what_is_read():
     np.testing.assert_allclose(mixed.frequencies(), expected, rtol=1e-12)
 
 
+def test_frequencies_of_lists_of_texts():
+    """Every text of every field has what stands before and after it."""
+    examples = [
+        {"query": f"q{i}", "candidates": [f"c{j}" for j in range(1 + i % 4)], "score": float(i)} for i in range(6)
+    ]
+    reader = data.Records(examples=examples).open()
+    batch = reader.batch(0, batch_size=6, length=16, seed=0)
+    counts = sum(
+        np.bincount(batch[f"{name}/tokens"][batch[f"{name}/segments"] > 0], minlength=reader.vocabulary)
+        for name in ("query", "candidates")
+    )
+    assert counts[reader.specials.eos] == 6 + 13
+    np.testing.assert_allclose(reader.frequencies(), counts / counts.sum(), rtol=1e-12)
+
+
 @settings(max_examples=100, deadline=None)
 @given(weights=st.lists(st.floats(0, 1e3), min_size=1, max_size=9).filter(lambda w: sum(w) > 0))
 def test_slots_are_whole_and_near_the_weights(weights):

@@ -185,7 +185,6 @@ REFUSED = {
     "causal": ("clm", model(ExpertChoice), "ExpertChoice lets experts see the whole row"),
     "prefix": ("prefix_lm", model(ExpertChoice), "ExpertChoice lets experts see the whole row"),
     "two modes": ("gpt_bert", model(ExpertChoice), "ExpertChoice lets experts see the whole row"),
-    # Of the rows of a micro-batch.
     "capacity": (
         "clm",
         model(TopKRouter, form="capacity", capacity=0.07),
