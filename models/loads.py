@@ -105,23 +105,17 @@ class Loads:
             found = {**arrays, **numbers, "unused": float(len(load.unused))}
             out |= {f"{load.tally.of}s/{name}/{key}": value for key, value in found.items() if value is not None}
         for tree, loads in self._trees().items():
-            first = f"{loads[0].tally.of}s/{tree}"
-            out[f"{first}/entropy"] = float(np.mean([load.entropy for load in loads]))
-            out[f"{first}/largest"] = max(load.largest for load in loads)
-            dropped = [load.dropped.sum() for load in loads if load.dropped is not None]
-            if dropped:
-                out[f"{first}/dropped"] = float(np.mean(dropped))
+            figures = zip(("entropy", "largest", "dropped"), _whole(loads), strict=True)
+            out |= {f"{loads[0].tally.of}s/{tree}/{key}": value for key, value in figures if value is not None}
         return out
 
     def words(self) -> str:
-        """The first tree's loads in a few words."""
-        for loads in self._trees().values():
-            figures = [
-                f"{loads[0].tally.of} entropy {np.mean([load.entropy for load in loads]):.2f}",
-                f"largest load {max(load.largest for load in loads):.1f}x",
-            ]
-            dropped = [load.dropped.sum() for load in loads if load.dropped is not None]
-            return ", ".join([*figures, *([f"dropped {100 * np.mean(dropped):.1f}%"] if dropped else [])])
+        """The trunk's loads in a few words, where it has any."""
+        for tree, loads in self._trees().items():
+            if tree.split("/")[0] == "trunk":
+                entropy, largest, dropped = _whole(loads)
+                words = f"{loads[0].tally.of} entropy {entropy:.2f}, largest load {largest:.1f}x"
+                return words if dropped is None else f"{words}, dropped {100 * dropped:.1f}%"
         return ""
 
     def table(self) -> list[tuple[str, ...]]:
@@ -146,6 +140,13 @@ class Loads:
         for name, load in self.layers.items():
             out.setdefault(_place(name)[0], []).append(load)
         return out
+
+
+def _whole(loads: Sequence[Load]) -> tuple[float, float, float | None]:
+    """Of some layers: the mean entropy, the largest load over the mean, the mean share of dropped choices, if any may be."""
+    dropped = [load.dropped.sum() for load in loads if load.dropped is not None]
+    entropy = float(np.mean([load.entropy for load in loads]))
+    return entropy, max(load.largest for load in loads), float(np.mean(dropped)) if dropped else None
 
 
 def _place(name: str) -> tuple[str, int]:

@@ -214,7 +214,8 @@ class Loop:
             self.log.observe(done, jax.device_get(out["sums"]), first, self.plan.row)
             for entry in self.log.entries[known:]:
                 self.progress.say(f"step {done}: from step {entry.step} on {dict(entry.values)}")
-        loads = Loads(out["tallies"])
+        with self.goodput("device"):
+            loads = Loads(out["tallies"])
         for words in self.unused.add(loads):
             self.progress.say(f"step {done}: {words}")
         if done % run.log_every == 0 or done == self.plan.steps or not self.figures:

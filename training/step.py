@@ -91,8 +91,8 @@ class Step:
             ok, guard = self.guard(state.guard, stats["loss"], norm)
             # A skipped step leaves everything as it was, buffers too; only the step count and the guard move.
             new = chosen(ok, new, state)
-            # Nor do controllers hear of it: one sum that is not finite would stay in theirs.
-            stats = {name: jnp.where(ok, value, 0) for name, value in stats.items()}
+            # Nor do controllers hear of it: one sum that is not finite would stay in theirs. No token chose anything.
+            stats, tallies = jax.tree.map(lambda value: jnp.where(ok, value, 0), (stats, tallies))
             metrics |= {"skipped": guard["skipped"], "skipped_in_a_row": guard["run"]}
         metrics |= self.optimizer.rates(state.step)
         out = {"metrics": metrics, "sums": stats, "tallies": tallies}
