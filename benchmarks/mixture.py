@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import results
+from benchmarks import mixture_step, results
 from benchmarks.harness import Contestant, alternate
 
 SMALL = {"tokens": 1024, "width": 256, "experts": 64, "top_k": 8, "hidden": 128}
@@ -117,6 +117,8 @@ def main() -> None:
             results.table(("layer", "part of blocks", "ms", "of forward and backward"), parts),
             "",
             *notes,
+            "",
+            mixture_step.tables(),
         ]
     )
     results.write("mixture", "Mixtures of experts", body)

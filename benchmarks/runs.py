@@ -51,6 +51,10 @@ class RandomText:
         """See `data.reader.Reader`."""
         return {"task": "random", "vocabulary": self.vocabulary}
 
+    def frequencies(self) -> np.ndarray:
+        """See `data.reader.Reader`."""
+        return np.full(self.vocabulary, 1 / self.vocabulary)
+
     def planned(self, steps: int, row: Any) -> tuple:
         """See `data.reader.Reader`."""
         return ()

@@ -1,11 +1,12 @@
 """The cache: tokenised columns in a tensorstore folder, whole or not there at all.
 
-    <folder>/manifest.json  tokenizer.json  [tokenizer.model]  <split>/<column>/{values,bounds[,inner]}/
+    <folder>/manifest.json  tokenizer.json  [tokenizer.model]  <split>/<column>/{values,bounds[,inner][,counts]}/
 
 Each array is one-dimensional zarr3 in chunks. A column's `values` are flat; `bounds` say where an example's items
-begin, and for lists of texts `inner` says where each text begins. Examples lie in a seeded shuffled order, so that any
-contiguous window is a random sample and an epoch needs no more than windows in a random order. The manifest is written
-last and lists every file with its size. `data.cache_writing` writes it; here it is read.
+begin, and for lists of texts `inner` says where each text begins; of texts `counts` has how often each id occurs.
+Examples lie in a seeded shuffled order, so that any contiguous window is a random sample and an epoch needs no more
+than windows in a random order. The manifest is written last and lists every file with its size. `data.cache_writing`
+writes it; here it is read.
 """
 
 import json
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from data.columns import TEXTS
 from data.saved_tokenizers import from_files
 from data.tokenizers import Tokenizer
 from partitioning.errors import UserError
@@ -138,9 +140,23 @@ class CacheSplit:
             self._inner[name] = self._read(self._open(f"{name}/inner", count), f"{name}/inner")
         return self._inner[name]
 
+    def counts(self, name: str, vocabulary: int) -> Int[np.ndarray, " V"]:
+        """See `Split`. Errors: UserError when an older version made the cache, which did not count."""
+        if not counted(self.columns[name]):
+            raise UserError(
+                f"{self.path}/{name}: made by an older version, which did not count how often each token occurs; prepare again "
+                "with --overwrite"
+            )
+        return self._read(self._open(f"{name}/counts", vocabulary), f"{name}/counts")
+
     def values(self, name: str, start: int, stop: int) -> Shaped[np.ndarray, " values"]:
         """See `Split`."""
         return self._read(self._values[name][start:stop], f"{name}/values")
+
+
+def counted(column: Mapping[str, Any]) -> bool:
+    """Whether a column of a manifest has all that this version writes: of texts, how often each id occurs."""
+    return "counts" in column or column["kind"] not in TEXTS
 
 
 class Cache:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data.cache import FORMAT, MANIFEST, is_remote, join, kvstore, reason, recover, siblings, store
-from data.columns import Column, Tokenized, offsets, reordered
+from data.columns import TEXTS, Column, Tokenized, offsets, reordered
 from data.shards import tokenise
 from data.shuffle import permutation
 from data.sources import Source
@@ -78,8 +78,8 @@ def _write_array(path: str, values: np.ndarray) -> str:
     return appender.close()
 
 
-def write_split(folder: str, columns: Mapping[str, Column], text_bytes: int) -> dict[str, Any]:
-    """Write one split in a shuffled order and return its entry in the manifest."""
+def write_split(folder: str, columns: Mapping[str, Column], text_bytes: int, vocabulary: int) -> dict[str, Any]:
+    """Write one split in a shuffled order and return its entry in the manifest; `vocabulary` is the number of ids."""
     examples = len(next(iter(columns.values())).counts)
     order = permutation([SHUFFLE_SEED, examples], examples)
     entry: dict[str, Any] = {"examples": examples, "text_bytes": text_bytes, "columns": {}}
@@ -89,8 +89,11 @@ def write_split(folder: str, columns: Mapping[str, Column], text_bytes: int) -> 
         if sizes is not None:
             digests.append(_write_array(join(folder, name, "inner"), offsets(sizes)))
         values = _Appender(join(folder, name, "values"), len(column.values), column.values.dtype)
+        counts_of_ids = np.zeros(vocabulary, np.int64)
         for group in groups:
             values.append(group)
+            if column.kind in TEXTS:
+                counts_of_ids += np.bincount(group, minlength=vocabulary)
         digests.append(values.close())
         entry["columns"][name] = {
             "kind": column.kind,
@@ -99,6 +102,9 @@ def write_split(folder: str, columns: Mapping[str, Column], text_bytes: int) -> 
             "content": hashlib.sha256("".join(digests).encode()).hexdigest(),
             **({} if sizes is None else {"sequences": len(sizes)}),
         }
+        # No part of the content, from which it follows.
+        if column.kind in TEXTS:
+            entry["columns"][name]["counts"] = _write_array(join(folder, name, "counts"), counts_of_ids)
     total = sum(c["values"] for c in entry["columns"].values())
     # About the same number of values a window, whatever the documents' length.
     entry["window"] = int(np.clip(WINDOW_VALUES * examples // max(total, 1), 16, 4096))
@@ -148,7 +154,8 @@ def write(
             with ExitStack() as files:
                 tokenized = Tokenized(tokenizer, f"{task}, {name}", _scratch_files(Path(scratch, name), files))
                 sources[name], speed = tokenise(source, tokenized, shards / name, processes=processes, report=report)
-                entries[name] = write_split(join(part, name), tokenized.columns(_mapped(tokenized)), tokenized.bytes)
+                columns = tokenized.columns(_mapped(tokenized))
+                entries[name] = write_split(join(part, name), columns, tokenized.bytes, tokenizer.vocabulary)
             values = sum(c["values"] for c in entries[name]["columns"].values())
             report(f"{task}, {name}: {tokenized.examples:,} examples, {values:,} values, {speed}")
         shutil.rmtree(shards)

@@ -19,6 +19,8 @@ from data.tokenizers import Tokenizer
 from partitioning.errors import UserError
 
 BATCH = 256
+# The kinds whose values are ids.
+TEXTS = ("text", "texts")
 
 
 def offsets(counts: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N_and_1"]:
@@ -78,6 +80,9 @@ class Split(Protocol):
     def inner(self, name: str) -> Int[np.ndarray, " sequences_and_1"]:
         """For `texts`, where the values of each sequence begin."""
 
+    def counts(self, name: str, vocabulary: int) -> Int[np.ndarray, " V"]:
+        """For `text` and `texts`, how often each id occurs."""
+
     def values(self, name: str, start: int, stop: int) -> Shaped[np.ndarray, " values"]:
         """A contiguous range of values."""
 
@@ -100,6 +105,10 @@ class MemorySplit:
     def inner(self, name: str) -> Int[np.ndarray, " sequences_and_1"]:
         """See `Split`."""
         return self._inner[name]
+
+    def counts(self, name: str, vocabulary: int) -> Int[np.ndarray, " V"]:
+        """See `Split`."""
+        return np.bincount(self._columns[name].values, minlength=vocabulary)
 
     def values(self, name: str, start: int, stop: int) -> Shaped[np.ndarray, " values"]:
         """See `Split`."""
@@ -181,8 +190,7 @@ class Tokenized:
 
     def dtype(self, name: str) -> np.dtype:
         """The type of a column's values."""
-        texts = self.kinds[name] in ("text", "texts")
-        return token_type(self.tokenizer.vocabulary) if texts else np.dtype(np.float32)
+        return token_type(self.tokenizer.vocabulary) if self.kinds[name] in TEXTS else np.dtype(np.float32)
 
     def add(self, records: Iterable[Record]) -> None:
         """Check, tokenise and append."""

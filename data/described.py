@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, NoReturn
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from data.columns import Column, MemorySplit
 from data.reader import Reading, SplitReader
@@ -52,6 +52,10 @@ class DescribedReader(SplitReader):
     def identity(self) -> NoReturn:
         """Refuses: nothing can be read, so nothing can be trained on."""
         raise UserError(UNREAD)
+
+    def frequencies(self) -> Float[np.ndarray, " V"]:
+        """None is known: all alike, in their place."""
+        return np.full(self.vocabulary, 1 / self.vocabulary)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,6 +137,12 @@ class MixtureReader:
         sources = {name: reader.identity() for name, reader in zip(self.names, self._readers, strict=True)}
         return {"mixture": sources, "weights": self.weights}
 
+    def frequencies(self) -> Float[np.ndarray, " V"]:
+        """See `Reader`: those of the sources, by their weights at the start. Weights are shares of rows, which are of one length."""
+        shares = np.array([self.weights[name] for name in self.names])
+        each = np.stack([reader.frequencies() for reader in self._readers])
+        return (shares / shares.sum()) @ each
+
     def spec(self, *, batch_size: int, length: int) -> Shapes:
         """See `Reader`."""
         return {**self._readers[0].spec(batch_size=batch_size, length=length), "source": ((batch_size,), INT)}

@@ -3,14 +3,15 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from data import cache, tasks
-from data.columns import MemorySplit, Split, Tokenized
+from data.columns import TEXTS, MemorySplit, Split, Tokenized
 from data.control import ControlEntry
 from data.example_rows import ExampleRows
 from data.sources import Record, fingerprint
@@ -83,6 +84,9 @@ class Reader(Protocol):
     def identity(self) -> dict[str, Any]:
         """What was read, as JSON: a resumed run compares it with what its checkpoint recorded."""
 
+    def frequencies(self) -> Float[np.ndarray, " V"]:
+        """The share of each id among the tokens of an epoch's texts, what is put before and after each included."""
+
 
 def global_rows(
     step: int, *, batch_size: int, start: int, host: int, hosts: int
@@ -148,13 +152,27 @@ class SplitReader:
         self.tokenizer = tokenizer
         self.vocabulary, self.specials = tokenizer.vocabulary, tokenizer.specials
         self._rows = options.rows_over(split, tokenizer, window)
-        self._epochs = options.epochs
+        self._split, self._options, self._epochs = split, options, options.epochs
         self._identity = {**identity, "tokenizer": tokenizer.identity, "options": options.options()}
         self._lock = threading.Lock()
 
     def identity(self) -> dict[str, Any]:
         """See `Reader`."""
         return dict(self._identity)
+
+    def frequencies(self) -> Float[np.ndarray, " V"]:
+        """See `Reader`."""
+        return self._frequencies
+
+    @cached_property
+    def _frequencies(self) -> Float[np.ndarray, " V"]:
+        split, around = self._split, [getattr(self.specials, n) for n in (self._options.begin, self._options.end) if n]
+        counts = np.zeros(self.vocabulary)
+        for name in (name for name, kind in split.kinds.items() if kind in TEXTS):
+            counts += split.counts(name, self.vocabulary)
+            texts = split.examples if split.kinds[name] == "text" else len(split.inner(name)) - 1
+            np.add.at(counts, around, texts)
+        return counts / counts.sum()
 
     def spec(self, *, batch_size: int, length: int) -> Shapes:
         """See `Reader`."""

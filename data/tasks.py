@@ -267,7 +267,7 @@ def _reusable(target: str, identity: dict[str, Any], splits: dict[str, Source], 
         cache.Cache(target)
     except UserError:
         return False
-    return True
+    return all(cache.counted(column) for split in manifest["splits"].values() for column in split["columns"].values())
 
 
 def _holds_any(source: Source) -> bool:

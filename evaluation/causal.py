@@ -10,7 +10,20 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from evaluation.reading import Build, Judge, Texts, bits, divisible, opened, prepare, summed
+from evaluation.reading import (
+    Build,
+    Figures,
+    Judge,
+    Rows,
+    Texts,
+    bits,
+    call_of,
+    divisible,
+    opened,
+    prepare,
+    summed,
+    with_loads,
+)
 from models.masks import Causal
 from objectives.cross_entropy import cross_entropy
 from objectives.token_loss import shifted
@@ -60,8 +73,9 @@ class CausalPerplexity:
         )
         sizes = jnp.asarray(tokenizer.token_bytes)
 
-        def score(arrays: Any, batch: Any) -> dict[str, jax.Array]:
-            trunk = models(**arrays).trunk
+        def score(arrays: Any, batch: Any) -> Rows:
+            own = models(**arrays)
+            trunk = own.trunk
             bos = trunk.vocabulary.bos
             tokens, segments, positions = batch["tokens"], batch["segments"], batch["positions"]
             hidden = trunk(tokens, segments=segments, positions=positions, mask=Causal()).hidden
@@ -75,18 +89,19 @@ class CausalPerplexity:
             logits = jax.nn.log_softmax(trunk.scores(opening[:, 0]).logits(), axis=-1)
             first = -jnp.take_along_axis(logits, tokens, axis=1)
 
-            return {
+            rows = {
                 "nats": (inner.each * weight).sum(1) + (first * opens).sum(1),
                 "tokens": weight.sum(1) + opens.sum(1),
                 "bytes": (sizes[targets] * weight).sum(1) + (sizes[tokens] * opens).sum(1),
             }
+            return rows, call_of(own, "trunk")
 
         jitted = jax.jit(score, out_shardings=placement.replicated)
 
-        def judge(arrays: Any) -> dict[str, float]:
-            found = summed(jitted, arrays, texts)
+        def judge(arrays: Any) -> Figures:
+            found, loads = summed(jitted, arrays, texts)
             figures = bits(found["nats"], found["tokens"], found["bytes"])
             figures["perplexity"] = math.exp(found["nats"] / found["tokens"]) if found["tokens"] else math.nan
-            return {f"{self.name}/{figure}": value for figure, value in figures.items()}
+            return with_loads(self.name, figures, loads)
 
         return judge

@@ -9,7 +9,20 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from evaluation.reading import Build, Judge, Texts, bits, divisible, opened, prepare, summed
+from evaluation.reading import (
+    Build,
+    Figures,
+    Judge,
+    Rows,
+    Texts,
+    bits,
+    call_of,
+    divisible,
+    opened,
+    prepare,
+    summed,
+    with_loads,
+)
 from evaluation.unigram import count
 from models.masks import Bidirectional
 from objectives.cross_entropy import cross_entropy
@@ -75,8 +88,9 @@ class MaskedLikelihood:
         select, replace = RandomTokens(rate=self.rate), Replace(mask=1.0, random=0.0)
         sizes = jnp.asarray(tokenizer.token_bytes)
 
-        def score(arrays: Any, batch: Any) -> dict[str, jax.Array]:
-            trunk = models(**arrays).trunk
+        def score(arrays: Any, batch: Any) -> Rows:
+            own = models(**arrays)
+            trunk = own.trunk
             key = draws(jax.random.key(self.seed), 0, batch["row"], rows)
             hide = select(batch, trunk.vocabulary, step=0, key=key)
             seen = replace(batch["tokens"], hide, trunk.vocabulary, key=key)
@@ -94,18 +108,18 @@ class MaskedLikelihood:
             if unigram is not None:
                 out["unigram nats"] = total(-jnp.asarray(unigram.log_probabilities)[targets])
                 out["unigram hits"] = total(targets == unigram.likeliest)
-            return out
+            return out, call_of(own, "trunk")
 
         jitted = jax.jit(score, out_shardings=placement.replicated)
 
-        def judge(arrays: Any) -> dict[str, float]:
-            found = summed(jitted, arrays, texts)
+        def judge(arrays: Any) -> Figures:
+            found, loads = summed(jitted, arrays, texts)
             figures: dict[str, float] = {}
             for kind, suffix in (("", ""), ("unigram ", "/unigram")):
                 if f"{kind}nats" in found:
                     own = {"accuracy": found[f"{kind}hits"] / max(found["tokens"], 1.0)}
                     own |= bits(found[f"{kind}nats"], found["tokens"], found["bytes"])
-                    figures |= {f"{self.name}/{figure}{suffix}": value for figure, value in own.items()}
-            return figures
+                    figures |= {f"{figure}{suffix}": value for figure, value in own.items()}
+            return with_loads(self.name, figures, loads)
 
         return judge

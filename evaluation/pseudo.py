@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from evaluation.reading import Build, Judge, Texts, bits, divisible, opened, prepare, summed
+from evaluation.reading import Build, Figures, Judge, Rows, Texts, bits, divisible, opened, prepare, summed
 from models.masks import Bidirectional
 from objectives.cross_entropy import cross_entropy
 from partitioning import Placement
@@ -61,7 +61,7 @@ class PseudoPerplexity:
         width = min(self.at_once, self.length)
         starts = jnp.arange(0, self.length, width)
 
-        def score(arrays: Any, batch: Any) -> dict[str, jax.Array]:
+        def score(arrays: Any, batch: Any) -> Rows:
             trunk = models(**arrays).trunk
             tokens = batch["tokens"]
             counted = ((batch["segments"] > 0) & ~trunk.vocabulary.is_special(tokens)).astype(jnp.float32)
@@ -84,12 +84,13 @@ class PseudoPerplexity:
                 return nats + (found.each * weight).sum(1), None
 
             nats, _ = jax.lax.scan(some, jnp.zeros(tokens.shape[0], jnp.float32), starts)
-            return {"nats": nats, "tokens": counted.sum(1), "bytes": (sizes[tokens] * counted).sum(1)}
+            # Copies that hide nothing are rows like others: whom their tokens choose is no figure of the text.
+            return {"nats": nats, "tokens": counted.sum(1), "bytes": (sizes[tokens] * counted).sum(1)}, {}
 
         jitted = jax.jit(score, out_shardings=placement.replicated)
 
-        def judge(arrays: Any) -> dict[str, float]:
-            found = summed(jitted, arrays, texts)
+        def judge(arrays: Any) -> Figures:
+            found, _ = summed(jitted, arrays, texts)
             figures = bits(found["nats"], found["tokens"], found["bytes"])
             figures["perplexity"] = math.exp(found["nats"] / found["tokens"]) if found["tokens"] else math.nan
             return {f"{self.name}/{figure}": value for figure, value in figures.items()}

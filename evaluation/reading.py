@@ -12,11 +12,15 @@ import numpy as np
 
 from data.mixing import Mixture
 from data.reader import Reading
+from models.loads import Loads
+from models.side import Tally
 from partitioning import Placement, UserError
 
 Arrays = dict[str, dict[str, jax.Array]]
+Rows = tuple[Mapping[str, jax.Array], Mapping[str, Tally]]
 Build = Callable[..., Any]
-Judge = Callable[[Arrays], dict[str, float]]
+Figures = dict[str, float | Loads]
+Judge = Callable[[Arrays], Figures]
 
 
 class Evaluator(Protocol):
@@ -31,7 +35,7 @@ class Evaluator(Protocol):
           tokenizer: of the run's data.
 
         Returns:
-          A function from `{"params", "frozen", "buffers"}` to figures by name.
+          A function from `{"params", "frozen", "buffers"}` to figures by name, and to loads of experts.
         """
 
 
@@ -139,30 +143,45 @@ def placed(value: np.ndarray, placement: Placement, name: str) -> jax.Array:
     return jax.make_array_from_process_local_data(sharding, value, shape)
 
 
-def summed(score: Callable[..., Mapping[str, jax.Array]], arrays: Arrays, texts: Texts) -> dict[str, float]:
-    """The sums over all rows of what `score(arrays, batch)` gives for each row, added in float64 on the host.
+def summed(score: Callable[..., Rows], arrays: Arrays, texts: Texts) -> tuple[dict[str, float], Loads]:
+    """The sums over all rows of what `score(arrays, batch)` gives for each row, added in float64 on the host, and the loads.
 
     Args:
-      score: a jitted function to arrays `[B]` that every host can read.
+      score: a jitted function to arrays `[B]` and to the tallies of a call, see `call_of`, that every host can read.
       arrays: parameters, frozen leaves and buffers.
       texts: what is read.
     """
     totals: dict[str, float] = {}
+    tallies: dict[str, Any] = {}
     with texts.placement.scope():
         before: Any = None
         for batch in texts:
             now = score(arrays, batch)
             if before is not None:
-                _add(totals, before)
+                _add(totals, tallies, before)
             before = now
         if before is not None:
-            _add(totals, before)
-    return totals
+            _add(totals, tallies, before)
+    return totals, Loads(tallies)
 
 
-def _add(totals: dict[str, float], rows: Mapping[str, jax.Array]) -> None:
-    for name, value in jax.device_get(dict(rows)).items():
+def _add(totals: dict[str, float], tallies: dict[str, Any], found: Rows) -> None:
+    rows, own = jax.device_get(found)
+    for name, value in rows.items():
         totals[name] = totals.get(name, 0.0) + float(np.asarray(value, np.float64).sum())
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), own)
+    for name, tally in wide.items():
+        tallies[name] = jax.tree.map(np.add, tallies[name], tally) if name in tallies else tally
+
+
+def call_of(models: Any, tree: str) -> dict[str, Tally]:
+    """The tallies of a tree's first call, by block."""
+    return {name: tally for name, tally in models.tallies.items() if name.startswith(f"{tree}/")}
+
+
+def with_loads(name: str, figures: Mapping[str, float], loads: Loads) -> Figures:
+    """An evaluator's figures under its name, and the loads where the model has any."""
+    return {f"{name}/{key}": value for key, value in figures.items()} | ({name: loads} if loads else {})
 
 
 def bits(nats: float, tokens: float, size: float) -> dict[str, float]:

@@ -14,7 +14,7 @@ from data.example_rows import text_batch
 from data.retrieval import Retrieval as Collection
 from data.retrieval import python_search
 from evaluation.ndcg import ndcg
-from evaluation.reading import Build, Judge, divisible
+from evaluation.reading import Build, Figures, Judge, divisible
 from evaluation.search import top
 from models.pooling import Pooling
 from objectives.embedding import embed
@@ -98,7 +98,7 @@ class Retrieval:
 
         ids, queries = list(collection.corpus), list(collection.queries)
 
-        def judge(arrays: Any) -> dict[str, float]:
+        def judge(arrays: Any) -> Figures:
             documents = encode(arrays, [collection.corpus[i] for i in ids])
             asked = encode(arrays, [collection.queries[q] for q in queries])
             _, numbers = top(asked, documents, self.k)

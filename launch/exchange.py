@@ -34,8 +34,7 @@ def imported(folder: Path, out: Path) -> list[str]:
     if out.exists():
         raise UserError(f"{out}: is there already: expected a new file")
     opened = Folder.open(folder)
-    names = ("pad", "bos", "eos", "mask", "cls", "sep")
-    unknown = Vocabulary(size=opened.config["vocab_size"], **dict.fromkeys(names, -1))
+    unknown = Vocabulary(size=opened.config["vocab_size"], pad=-1, bos=-1, eos=-1, mask=-1, cls=-1, sep=-1)
     trunk = nnx.eval_shape(lambda: opened.trunk(unknown, rngs=nnx.Rngs(0)))
     leaves = jax.eval_shape(unstack, flatten(trunk, nnx.Param))
     shapes = {name: leaf.shape for name, leaf in leaves.items()}

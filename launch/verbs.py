@@ -143,9 +143,17 @@ def plan(
 
 
 @app.command()
-def evaluate(run: RunFolder, allow_import: AllowImport = None) -> None:
+def evaluate(
+    run: RunFolder,
+    json: Annotated[Path | None, typer.Option(help="A file for the same figures as JSON.")] = None,
+    allow_import: AllowImport = None,
+) -> None:
     """Evaluate a run's newest complete checkpoint as its configuration says."""
-    _saved(run, allow_import).value.evaluate(run)
+    figures = _saved(run, allow_import).value.evaluate(run)
+    if json is not None:
+        from training.metrics import write_json
+
+        write_json(json, figures)
 
 
 @app.command()

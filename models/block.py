@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from models.dropout import dropout
 from models.masks import Bidirectional, Mask
 from models.positions import few, gather
-from models.side import Sides
+from models.side import Beside
 from partitioning import UserError, constrain
 
 Placement = Literal["pre", "post", "sandwich", "scaled", "normed"]
@@ -133,8 +133,8 @@ class Block(nnx.Module):
         self.cross_out_norm = None if out_norm is None or cross is None else out_norm(width)
         self.feed_forward_out_norm = None if out_norm is None else out_norm(width)
 
-    def __call__(self, x: Float[Array, "B S D"], context: Context) -> tuple[Float[Array, "B S D"], Sides, Any, Taps]:
-        """Returns the new states (at `context.at`, where it is given), the side terms, the new cache entry and the taps."""
+    def __call__(self, x: Float[Array, "B S D"], context: Context) -> tuple[Float[Array, "B S D"], Beside, Any, Taps]:
+        """Returns the new states (at `context.at`, where it is given), what stands beside, the new cache entry and the taps."""
         if context.at is not None and self.feed_forward.counts_tokens:
             x, *rest = self(x, replace(context, at=None))
             return gather(x, context.at), *rest

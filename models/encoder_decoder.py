@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 
 from models.heads import Scores
 from models.masks import Causal, Mask
-from models.side import Sides
 from models.trunk import Output, Trunk
 from models.vocabulary import Vocabulary
 from partitioning import UserError
@@ -86,7 +85,7 @@ class EncoderDecoder(nnx.Module):
           at: the targets' slots whose states are wanted.
 
         Returns:
-          The decoder's output, with the side terms of both.
+          The decoder's output, with the side terms and tallies of both.
 
         Raises:
           UserError: there are no targets.
@@ -110,10 +109,10 @@ class EncoderDecoder(nnx.Module):
             keys=fold(1),
             at=at,
         )
-        sides: Sides = {
-            f"{name}/{key}": side for name, o in (("encoder", read), ("decoder", out)) for key, side in o.aux.items()
-        }
-        return Output(out.hidden, out.taps, sides, out.cache)
+        both = {"encoder": read, "decoder": out}
+        sides = {f"{name}/{key}": side for name, o in both.items() for key, side in o.aux.items()}
+        tallies = {f"{name}/{key}": tally for name, o in both.items() for key, tally in o.tallies.items()}
+        return Output(out.hidden, out.taps, sides, tallies, out.cache)
 
     def scores(self, hidden: Float[Array, "*B D"]) -> Scores:
         """Scores of the decoder's states over the vocabulary, not multiplied out."""

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from models.initializers import normal
 from models.linear import linear
-from models.side import Sides
+from models.side import Beside
 from models.variables import param
 from partitioning import constrain
 
@@ -88,7 +88,7 @@ class FeedForward(nnx.Module):
         self.inner_bias = param(jnp.zeros((hidden,)), ("mlp",)) if bias else None
         self.outer_bias = param(jnp.zeros((width,)), ("embed",)) if bias else None
 
-    def __call__(self, x: Float[Array, "B S D"], present: Float[Array, "B S"]) -> tuple[Float[Array, "B S D"], Sides]:
+    def __call__(self, x: Float[Array, "B S D"], present: Float[Array, "B S"]) -> tuple[Float[Array, "B S D"], Beside]:
         """Transforms every token; a dense layer has no side terms."""
         cast = lambda p: p.get_value().astype(x.dtype)
         inner = linear(x, cast(self.inner))

@@ -42,6 +42,8 @@ class Mask:
 
     # True where no query ever sees a key in a later slot: what a recurrent mixer needs.
     causal: bool = False
+    # True where whoever is seen sees back: no order hides one token from another.
+    mutual: bool = False
 
     def allowed(self, query: Tokens, key: Tokens) -> Bool[Array, "B Q K"]:
         """Whether a query may see a key; dimensions of size 1 broadcast."""
@@ -66,6 +68,10 @@ class Both(Mask):
     def causal(self) -> bool:  # type: ignore[override]
         return self.left.causal or self.right.causal
 
+    @property
+    def mutual(self) -> bool:  # type: ignore[override]
+        return self.left.mutual and self.right.mutual
+
     def allowed(self, query, key):
         """See `Mask.allowed`."""
         return self.left.allowed(query, key) & self.right.allowed(query, key)
@@ -83,6 +89,10 @@ class Either(Mask):
     def causal(self) -> bool:  # type: ignore[override]
         return self.left.causal and self.right.causal
 
+    @property
+    def mutual(self) -> bool:  # type: ignore[override]
+        return self.left.mutual and self.right.mutual
+
     def allowed(self, query, key):
         """See `Mask.allowed`."""
         return self.left.allowed(query, key) | self.right.allowed(query, key)
@@ -92,6 +102,8 @@ class Either(Mask):
 @dataclass(frozen=True)
 class Bidirectional(Mask):
     """Every token sees its whole document."""
+
+    mutual = True
 
     def allowed(self, query, key):
         """See `Mask.allowed`."""
@@ -146,6 +158,10 @@ class Window(Mask):
     def causal(self) -> bool:  # type: ignore[override]
         return self.after == 0
 
+    @property
+    def mutual(self) -> bool:  # type: ignore[override]
+        return self.after == self.before
+
     def allowed(self, query, key):
         """See `Mask.allowed`."""
         ahead = key.positions[:, None, :] - query.positions[:, :, None]
@@ -162,6 +178,7 @@ class Chunk(Mask):
     """
 
     size: int = static()
+    mutual = True
 
     def __post_init__(self):
         if self.size < 1:
@@ -182,6 +199,7 @@ class Sentinel(Mask):
     """
 
     count: int = static()
+    mutual = True
 
     def __post_init__(self):
         if self.count < 0:
@@ -240,6 +258,10 @@ class ByRow(Mask):
     @property
     def causal(self) -> bool:  # type: ignore[override]
         return self.yes.causal and self.no.causal
+
+    @property
+    def mutual(self) -> bool:  # type: ignore[override]
+        return self.yes.mutual and self.no.mutual
 
     def allowed(self, query, key):
         """See `Mask.allowed`."""

@@ -22,7 +22,7 @@ from models.block import Block, Context, Taps
 from models.masks import Mask
 from models.mixture.travelling import ARRIVED
 from models.positions import gather
-from models.side import Sides
+from models.side import Beside
 from partitioning import UserError
 
 Remat = Literal["none", "full", "arrived", "dots", "dots_no_batch"]
@@ -91,7 +91,7 @@ class Stack(nnx.Module):
         *,
         remembered: Mapping[str, Any] | None = None,
         at: Int[Array, "B K"] | None = None,
-    ) -> tuple[Float[Array, "B S D"], Sides, dict[str, Any] | None, dict[int, Taps]]:
+    ) -> tuple[Float[Array, "B S D"], Beside, dict[str, Any] | None, dict[int, Taps]]:
         """Runs the layers.
 
         Args:
@@ -103,10 +103,10 @@ class Stack(nnx.Module):
           at: slots of the last layer's states to compute, and to return alone; None for all.
 
         Returns:
-          (states, side terms by block, new cache or None, what `context.taps` asks for by layer).
+          (states, side terms and tallies by block, new cache or None, what `context.taps` asks for by layer).
         """
         lowered = {m: visible(m) for m in {b.mask for b in (*self.scanned.values(), *self.layers.values())}}
-        sides: Sides = {}
+        sides: Beside = {}
         entries: dict[str, Any] = {}
         taps: dict[int, Taps] = {}
 
@@ -182,6 +182,12 @@ class Stack(nnx.Module):
             one = block.mixer.empty_cache(rows, capacity, dtype)
             entries[f"scanned/{k}"] = jax.tree.map(lambda x: jnp.zeros((self.repetitions, *x.shape), x.dtype), one)
         return entries
+
+    def indices(self, name: str) -> tuple[int, ...]:
+        """The layers that what a block returned is of, `scanned/<k>/...` or `layers/<i>/...`, in the order of its entries."""
+        kind, number = name.split("/")[:2]
+        count = self.repetitions if kind == "scanned" else 1
+        return tuple(int(number) + r * self.period for r in range(count))
 
     @property
     def keeps_tokens(self) -> bool:

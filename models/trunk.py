@@ -20,10 +20,10 @@ from models.initializers import normal
 from models.masks import Bidirectional, Both, Mask, Tokens, lower
 from models.norms import RMSNorm
 from models.positions import gather, last_documents
-from models.side import Sides
+from models.side import Sides, Tallies, apart
 from models.stack import Remat, Stack
 from models.variables import param
-from models.vocabulary import Vocabulary
+from models.vocabulary import Vocabulary, within
 from partitioning import UserError, constrain
 
 
@@ -39,12 +39,14 @@ class Output:
         attention to the memory. `transfer`: how far each token's linear attention is from the softmax attention that goes on
         in its place, `[B, S]` by layer, of the layers that are linearised.
       aux: side terms by block, raw sums.
+      tallies: what was chosen, by block, raw sums.
       cache: the cache with this call's tokens in it, or None.
     """
 
     hidden: Float[Array, "B S D"]
     taps: dict[str, Any] = field(default_factory=dict)
     aux: Sides = field(default_factory=dict)
+    tallies: Tallies = field(default_factory=dict)
     cache: dict[str, Any] | None = None
 
 
@@ -125,16 +127,17 @@ class Trunk(nnx.Module):
             dropout=dropout,
         )
         pattern = (plain,) if pattern is None else tuple(pattern)
-        self.stack = Stack(
-            width,
-            layers=layers,
-            pattern=pattern,
-            head=tuple(head_blocks),
-            scan=scan,
-            unroll=unroll,
-            remat=remat,
-            rngs=rngs,
-        )
+        with within(vocabulary):
+            self.stack = Stack(
+                width,
+                layers=layers,
+                pattern=pattern,
+                head=tuple(head_blocks),
+                scan=scan,
+                unroll=unroll,
+                remat=remat,
+                rngs=rngs,
+            )
         self.final_norm = norm(width) if final_norm else None
         make_head: Any = TiedHead if head is None else head
         self.head: Any = make_head(width, vocabulary, multiple=vocab_multiple, rngs=rngs) if embeddings else None
@@ -263,7 +266,7 @@ class Trunk(nnx.Module):
             same = constrain(same & (memory_segments[:, None, :] > 0), "batch", "length", None)
             context = replace(context, memory_visible=same)
         first = x
-        x, sides, entries, by_layer = self.stack(x, context, visible, entries, remembered=remembered, at=at)
+        x, beside, entries, by_layer = self.stack(x, context, visible, entries, remembered=remembered, at=at)
         if self.final_norm is not None:
             x = self.final_norm(x, (segments if at is None else gather(segments, at)) > 0)
         new = None
@@ -280,7 +283,9 @@ class Trunk(nnx.Module):
             tapped["layers"] = jnp.stack([first, *(by_layer[i]["layers"] for i in range(len(by_layer)))])
         for name in (name for name in taps if name != "layers"):
             tapped[name] = {i: found[name] for i, found in sorted(by_layer.items()) if name in found}
-        return Output(x, tapped, _averaged(sides), new)
+        sides, tallies = apart(beside)
+        tallies = {name: replace(tally, layers=self.stack.indices(name)) for name, tally in tallies.items()}
+        return Output(x, tapped, _averaged(sides), tallies, new)
 
     def scores(self, hidden: Float[Array, "*B D"]) -> Scores:
         """Scores of hidden states over the vocabulary, not multiplied out."""

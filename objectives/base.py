@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.side import Sides
+from models.side import Sides, Tallies
 from models.trunk import Output, Trunk
 from objectives.draws import Draws
 from partitioning import UserError
@@ -89,9 +89,9 @@ class Companion:
 
 
 class Models:
-    """The trees of a run by name (`models.trunk`, `models.generator`), and the side terms that their calls returned.
+    """The trees of a run by name (`models.trunk`, `models.generator`), and the side terms and tallies that their calls returned.
 
-    The step reads `sides` after an objective has run, so no objective knows of experts.
+    The step reads `sides` and `tallies` after an objective has run, so no objective knows of experts.
     """
 
     trunk: Any
@@ -99,6 +99,7 @@ class Models:
     def __init__(self, modules: Mapping[str, nnx.Module]):
         self._modules = dict(modules)
         self.sides: dict[str, Sides] = {}
+        self.tallies: Tallies = {}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in self._modules:
@@ -124,9 +125,11 @@ class _Recorded:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = self._module(*args, **kwargs)
-        if isinstance(out, Output) and out.aux:
+        if isinstance(out, Output) and (out.aux or out.tallies):
             calls = sum(name == self._name or name.startswith(f"{self._name}#") for name in self._models.sides)
-            self._models.sides[self._name if not calls else f"{self._name}#{calls}"] = out.aux
+            call = self._name if not calls else f"{self._name}#{calls}"
+            self._models.sides[call] = out.aux
+            self._models.tallies |= {f"{call}/{name}": tally for name, tally in out.tallies.items()}
         return out
 
     def __getattr__(self, name: str) -> Any:

@@ -41,7 +41,7 @@ class Toy:
     steps: list[int] = field(default_factory=list)
 
     vocabulary = VOCABULARY.size
-    specials = SimpleNamespace(**{k: v for k, v in vars(VOCABULARY).items() if k != "size"})
+    specials = SimpleNamespace(**{k: v for k, v in vars(VOCABULARY).items() if k not in ("size", "frequencies")})
     tokenizer = None
     names: Sequence[str] = ()
     weights = {}  # noqa: RUF012
@@ -62,6 +62,10 @@ class Toy:
     def planned(self, steps, row):
         """See `data.Reader`."""
         return ()
+
+    def frequencies(self):
+        """See `data.Reader`."""
+        return np.full(self.vocabulary, 1 / self.vocabulary)
 
     def epochs(self, row, *, length, seed, control=()):
         """See `data.Reader`."""

@@ -15,7 +15,8 @@ def described(plan: Plan) -> list[str]:
     """A plan in words; nothing is allocated.
 
     Returns:
-      Lines: where every leaf lives, parameters and bytes of each tree, bytes of the whole state, and the stages.
+      Lines: where every leaf lives, parameters and bytes of each tree, bytes of the whole state, the stages, and what the
+      modules want a user to know.
     """
     placement, trees = plan.placement, plan.trees
     leaves = {name: (leaf.shape, leaf.dtype, trees.axes[name]) for name, leaf in trees.shapes.items()}
@@ -55,7 +56,8 @@ def described(plan: Plan) -> list[str]:
         batch = f"{part.batch_size}" + (f" in {part.accumulate} parts" if part.accumulate > 1 else "")
         name = type(part.objective).__name__
         rows.append((f"{stage.first}-{stage.last}", name, f"{part.length}", batch, f"{tokens:,}"))
-    return [*out, *columns([("steps", "objective", "length", "batch", "tokens at most"), *rows])]
+    out += columns([("steps", "objective", "length", "batch", "tokens at most"), *rows])
+    return [*out, *(["", *trees.warnings] if trees.warnings else [])]
 
 
 KINDS = ("params", "frozen", "buffers")

@@ -9,13 +9,16 @@ from typing import Any
 
 import jax
 
+from models.loads import Loads, named
 from partitioning import UserError
 from partitioning import data as data_parallel
+from training.description import columns
 from training.plan import Plan
 from training.state import State
 from training.store import Store
 
-Judge = Callable[[Mapping[str, Any]], Mapping[str, float]]
+Figures = Mapping[str, float | Loads]
+Judge = Callable[[Mapping[str, Any]], Figures]
 
 
 def open_judges(plan: Plan) -> list[Judge]:
@@ -26,8 +29,8 @@ def open_judges(plan: Plan) -> list[Judge]:
     ]
 
 
-def judged(judges: Sequence[Judge], values: Mapping[str, Any]) -> dict[str, float]:
-    """All judges' figures.
+def judged(judges: Sequence[Judge], values: Mapping[str, Any]) -> dict[str, float | Loads]:
+    """All judges' figures, and loads of experts by the judge's name.
 
     Args:
       judges: from `open_judges`.
@@ -36,7 +39,7 @@ def judged(judges: Sequence[Judge], values: Mapping[str, Any]) -> dict[str, floa
     Raises:
       UserError: two evaluators give a figure of the same name.
     """
-    figures: dict[str, float] = {}
+    figures: dict[str, float | Loads] = {}
     for judge in judges:
         for name, value in judge(values).items():
             if name in figures:
@@ -53,8 +56,23 @@ def values_of(plan: Plan, state: State) -> dict[str, Any]:
     return {"params": params, "frozen": state.frozen, "buffers": state.buffers}
 
 
-def lines(figures: Mapping[str, float]) -> list[str]:
-    """Figures as aligned lines; `x/unigram` stands beside `x`, which it is to be compared with."""
+def arrays(figures: Figures) -> dict[str, Any]:
+    """Figures as numbers and arrays by name."""
+    out: dict[str, Any] = {}
+    for name, value in figures.items():
+        out |= {f"{name}/{k}": v for k, v in value.figures().items()} if isinstance(value, Loads) else {name: value}
+    return out
+
+
+def numbers(figures: Figures) -> dict[str, float]:
+    """Figures that are one number, by name."""
+    return {name: value for name, value in arrays(figures).items() if isinstance(value, float)}
+
+
+def lines(found: Figures) -> list[str]:
+    """Figures as aligned lines; `x/unigram` stands beside `x`, which it is to be compared with. Loads are tables, with a line
+    for each layer that has experts which nothing chose."""
+    figures = {name: value for name, value in found.items() if not isinstance(value, Loads)}
     baselines = {name for name in figures if name.rpartition("/")[0] in figures}
     width = max((len(name) for name in figures if name not in baselines), default=0)
     out = []
@@ -64,16 +82,24 @@ def lines(figures: Mapping[str, float]) -> list[str]:
         beside = [(other.rpartition("/")[2], figures[other]) for other in baselines if other.rpartition("/")[0] == name]
         words = "".join(f"   {label} {number:8.4f}" for label, number in sorted(beside))
         out.append(f"{name:{width}}  {value:8.4f}{words}")
+    for name, loads in found.items():
+        if isinstance(loads, Loads):
+            out += [f"{name}  {line}" for line in columns(loads.table())]
+            dead = [named(load.tally.of, layer, load.unused) for layer, load in loads.layers.items() if load.unused]
+            out += [f"{name}: {words}: no token in all that was read" for words in dead]
     return out
 
 
-def evaluate(plan: Plan, out: Path, say: Callable[[str], None]) -> dict[str, float]:
+def evaluate(plan: Plan, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Runs the evaluators on a run's newest complete checkpoint.
 
     Args:
       plan: of the run.
       out: its folder.
       say: takes a line to print.
+
+    Returns:
+      Figures by name, numbers and arrays.
 
     Raises:
       UserError: no evaluators, or no complete checkpoint of this run.
@@ -87,7 +113,7 @@ def evaluate(plan: Plan, out: Path, say: Callable[[str], None]) -> dict[str, flo
     figures = judged(open_judges(plan), values)
     for line in lines(figures):
         say(line)
-    return figures
+    return arrays(figures)
 
 
 def restore(run: Any, out: Path) -> tuple[Any, Any]:

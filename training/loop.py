@@ -14,6 +14,7 @@ import numpy as np
 from checkpoints.barrier import barrier
 from checkpoints.lock import held
 from data.prefetch import Prefetch
+from models.loads import Loads
 from objectives.draws import draws
 from partitioning import UserError
 from training.control import ControlLog
@@ -22,7 +23,7 @@ from training.goodput import Goodput
 from training.hosts import Hosts
 from training.init_from import keep_report
 from training.interrupt import Interrupt
-from training.judging import judged, lines, open_judges, values_of
+from training.judging import arrays, judged, lines, numbers, open_judges, values_of
 from training.metrics import MetricWriter
 from training.plan import Plan, PlannedStage
 from training.programs import keep_programs
@@ -31,6 +32,7 @@ from training.run import Run
 from training.screen import console, say
 from training.state import State
 from training.store import Store
+from training.unused import Unused
 from training.watch import Trace, Watch, dump, dump_memory
 
 DEPTH = 2
@@ -103,6 +105,8 @@ def _trained(
         if watch.dump and not debug:
             for stage, program in zip(remaining, programs, strict=True):
                 progress.say(f"program written: {dump(program, stage.first, out)}")
+        for line in plan.trees.warnings:
+            progress.say(line)
         loop = Loop(plan, store, log, writer, progress, interrupt, goodput, Hosts(out, goodput), trace)
         for stage, program in zip(remaining, programs, strict=True):
             with goodput("step"):
@@ -134,10 +138,12 @@ class Loop:
     hosts: Hosts
     trace: Trace
     figures: dict[str, float] = field(default_factory=dict)
+    words: str = ""
     stopped: bool = False
 
     def __post_init__(self):
         self.judges = open_judges(self.plan)
+        self.unused = Unused(self.plan.run.unused_after)
         self.share, self.shares = self.plan.placement.share
         self.devices, self.peak = self.plan.placement.mesh.size, peak_flops(self.plan.placement.mesh.devices.flat[0])
 
@@ -197,7 +203,7 @@ class Loop:
         )
 
     def _read(self, stage: PlannedStage, done: int, tokens: int, out: Mapping[str, Any]) -> None:
-        """Reads a finished step back: the guard, the controllers, the log."""
+        """Reads a finished step back: the guard, the controllers, unused experts, the log."""
         run = self.plan.run
         if run.guard is not None:
             with self.goodput("device"):
@@ -208,6 +214,10 @@ class Loop:
             self.log.observe(done, jax.device_get(out["sums"]), first, self.plan.row)
             for entry in self.log.entries[known:]:
                 self.progress.say(f"step {done}: from step {entry.step} on {dict(entry.values)}")
+        with self.goodput("device"):
+            loads = Loads(out["tallies"])
+        for words in self.unused.add(loads):
+            self.progress.say(f"step {done}: {words}")
         if done % run.log_every == 0 or done == self.plan.steps or not self.figures:
             with self.goodput("device"):
                 metrics = {name: float(value) for name, value in jax.device_get(out["metrics"]).items()}
@@ -218,23 +228,24 @@ class Loop:
                 control=(*stage.control, *self.log.entries),
             )
             self.figures["loss"] = metrics["loss"]
-            self.writer.write(done, metrics)
+            self.words = loads.words()
+            self.writer.write(done, metrics | loads.figures())
             figures, line = self.hosts.compare()
             self.writer.write(done, self.goodput.figures() | figures)
             if line is not None:
                 self.progress.say(line)
         self.hosts.beat(done)
-        self.progress.update(done, loss=self.figures["loss"], tokens=tokens * self.shares)
+        self.progress.update(done, loss=self.figures["loss"], tokens=tokens * self.shares, words=self.words)
 
     def evaluate(self, done: int, state: State) -> dict[str, float]:
         """Runs the evaluators, and puts their figures on file and on screen."""
         with self.goodput("evaluation"):
             found = judged(self.judges, values_of(self.plan, state))
-        self.figures |= found
-        self.writer.write(done, {f"evaluation/{name}": value for name, value in found.items()})
+        self.figures |= (scalars := numbers(found))
+        self.writer.write(done, {f"evaluation/{name}": value for name, value in arrays(found).items()})
         for line in lines(found):
             self.progress.say(f"step {done}: {line}")
-        return found
+        return scalars
 
 
 def step_flops(plan: Plan, stage: PlannedStage) -> FlopCount:

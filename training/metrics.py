@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from partitioning.errors import UserError
@@ -18,6 +19,8 @@ from partitioning.errors import UserError
 FILE = "metrics.jsonl"
 FLUSH_S = 60.0
 """Between two flushes of TensorBoard's file; that for programs is flushed at every line."""
+BINS = 30
+"""Of a histogram."""
 
 
 def group_norms(flat: Mapping[str, Array], *, depth: int = 2) -> dict[str, Float[Array, ""]]:
@@ -36,10 +39,26 @@ def group_norms(flat: Mapping[str, Array], *, depth: int = 2) -> dict[str, Float
     return {group: jnp.sqrt(value) for group, value in sums.items()}
 
 
-def _number(value: Any) -> float | int | str:
-    """A scalar as JSON can hold it; what is not finite becomes the string that `float` reads."""
-    number = value if isinstance(value, (int, float)) else jax.device_get(value).item()
+def _json(value: Any) -> Any:
+    """A number, or an array as a list, as JSON can hold it; what is not finite becomes the string that `float` reads."""
+    value = value if isinstance(value, (int, float)) else jax.device_get(value)
+    if getattr(value, "ndim", 0):
+        # Six digits: a line may have thousands of them.
+        return [_json(float(f"{number:.6g}")) for number in value.ravel()]
+    number = value if isinstance(value, (int, float)) else value.item()
     return number if isinstance(number, int) or math.isfinite(number) else str(number)
+
+
+def write_json(path: Path, figures: Mapping[str, Any]) -> None:
+    """Writes figures by name into a file of their own.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        path.write_text(json.dumps({name: _json(value) for name, value in figures.items()}, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -82,10 +101,15 @@ class Events:
         if purge is not None:
             self._add(purge, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
-    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds numbers by name, at one step."""
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        """Adds numbers by name, at one step, and lists of numbers as histograms."""
         for name, value in values.items():
-            self._add(step, summary=self._make.scalar(name, float(value)))
+            if isinstance(value, list):
+                finite = [number for number in map(float, value) if math.isfinite(number)]
+                if finite:
+                    self._add(step, summary=self._make.histogram(name, np.asarray(finite), bins=BINS))
+            else:
+                self._add(step, summary=self._make.scalar(name, float(value)))
         if time.monotonic() - self._flushed > FLUSH_S:
             self._file.flush()
             self._flushed = time.monotonic()
@@ -103,9 +127,10 @@ class Events:
 
 
 class MetricWriter:
-    """Writes a run's scalars to `metrics.jsonl` and to TensorBoard event files in the same folder.
+    """Writes a run's figures to `metrics.jsonl` and to TensorBoard event files in the same folder.
 
-    The first process writes; the others' calls do nothing. A line is `{"step": ..., name: value, ...}`.
+    The first process writes; the others' calls do nothing. A line is `{"step": ..., name: value, ...}`; arrays are lists
+    there, and histograms in TensorBoard.
 
     Args:
       folder: made if it is not there.
@@ -133,23 +158,23 @@ class MetricWriter:
         suffix = f".{step:012d}.{os.getpid()}.{time.time_ns()}"
         self._events = Events(self.folder, suffix, purge=step + 1 if step else None)
 
-    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Appends one step's scalars; numbers or arrays of no axes (waits for them).
+    def write(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Appends one step's figures: numbers, or arrays of no axes or one (waits for them).
 
         Args:
           step: steps done, this one included.
-          scalars: by name; names with "/" are grouped by TensorBoard.
+          figures: by name; names with "/" are grouped by TensorBoard.
 
         Raises:
           UserError: the disk is full.
         """
         if self._file is None:
             return
-        values = {name: _number(value) for name, value in scalars.items()}
+        values = {name: _json(value) for name, value in figures.items()}
         try:
             self._file.write(json.dumps({"step": step} | values) + "\n")
             self._file.flush()
-            self._events.scalars(step, values)
+            self._events.add(step, values)
         except OSError as error:
             # What is left in the buffers is not tried again at the end.
             with suppress(UserError):

@@ -197,6 +197,18 @@ class Plan:
         with self.placement.scope():
             return jax.jit(make, out_shardings=self.shardings)(given)
 
+    def exercise(self) -> None:
+        """Traces every stage's loss.
+
+        Raises:
+          UserError: whatever a module or an objective refuses to be called with.
+        """
+        with self.placement.scope():
+            for stage in self.stages:
+                # A loss holds more than arrays.
+                terms = lambda *given, step=stage.step: [term.total for term in step.forward(*given).terms.values()]
+                jax.eval_shape(terms, self.state, stage.batch)
+
     def compile(self, stage: PlannedStage) -> Any:
         """Compiles a stage's step; the executable takes the state (donated) and a batch, and can never compile again."""
 
@@ -224,8 +236,9 @@ class Plan:
 
 
 def vocabulary_of(reader: Any) -> Vocabulary:
-    """A trunk's vocabulary from a reader's sizes and specials."""
-    return Vocabulary(size=reader.vocabulary, **{k: int(v) for k, v in vars(reader.specials).items()})
+    """A trunk's vocabulary from a reader's sizes, specials and frequencies."""
+    specials = {k: int(v) for k, v in vars(reader.specials).items()}
+    return Vocabulary(size=reader.vocabulary, frequencies=reader.frequencies, **specials)
 
 
 def build(run: Run, vocabulary: Vocabulary, key: jax.Array, given: Mapping[str, Flat]) -> dict[str, Companion]:

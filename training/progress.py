@@ -93,17 +93,18 @@ class Progress:
             self._task = self._bar.add_task("train", total=steps, completed=done, line="compiling")
             self._bar.start()
 
-    def update(self, step: int, *, loss: float, tokens: int) -> None:
+    def update(self, step: int, *, loss: float, tokens: int, words: str = "") -> None:
         """Shows the state after a step.
 
         Args:
           step: steps done, this one included.
           loss: of this step, or the last one known.
           tokens: tokens since the last update.
+          words: what else is to be said of the step.
         """
         self._tokens += tokens
         self.pace.add(step, self._tokens)
-        line = self.line(step, loss)
+        line = self.line(step, loss, words)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=line)
         elif self._first or step >= self._steps or self._now() - self._last >= self._interval_s:
@@ -115,9 +116,9 @@ class Progress:
             self.pace = Pace(now=self._now)
             self.pace.add(step, self._tokens)
 
-    def line(self, step: int, loss: float) -> str:
+    def line(self, step: int, loss: float, more: str = "") -> str:
         """The words beside the bar."""
-        words = [f"loss {loss:.4f}"]
+        words = [f"loss {loss:.4f}", *([more] if more else [])]
         rate, tokens = self.pace.steps_per_s, self.pace.tokens_per_s
         if rate and tokens is not None and not self._first:
             words.append(f"{tokens:,.0f} tokens/s")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
+from models.loads import Loads
 from models.trunk import Trunk
 from objectives.base import Objective
 from objectives.controller import Controller
@@ -32,8 +33,9 @@ class Evaluator(Protocol):
 
     def open(
         self, *, models: Any, placement: Any, tokenizer: Any
-    ) -> Callable[[Mapping[str, Any]], Mapping[str, float]]:
-        """Readies it for a run: a function from the leaves under `params`, `frozen` and `buffers` to figures by name.
+    ) -> Callable[[Mapping[str, Any]], Mapping[str, float | Loads]]:
+        """Readies it for a run: a function from the leaves under `params`, `frozen` and `buffers` to figures by name, and to
+        the loads of experts.
 
         Args:
           models: `Trees.models`, the modules around such leaves; called inside jit.
@@ -104,6 +106,7 @@ class Run:
         scanned have one path: `models.Trunk.scan = False` gives each its own.
       evaluators: called every `evaluate_every` steps and at the end.
       controllers: called every so many steps with reduced statistics.
+      unused_after: steps after which an expert that no token has come to is told of, by layer and number.
       checkpoint_every, evaluate_every, log_every: in steps; a checkpoint is always written at the end.
       keep: newest checkpoints kept.
       keep_best: a figure of the evaluators and whether its smallest or largest value is best, such as
@@ -132,6 +135,7 @@ class Run:
     freeze: Sequence[str] = ()
     evaluators: Sequence[Evaluator] = ()
     controllers: Sequence[Controller] = ()
+    unused_after: Whole = 100
     checkpoint_every: Whole = 1000
     evaluate_every: Whole = 1000
     log_every: Whole = 10
@@ -176,8 +180,10 @@ class Run:
         return Plan.of(self, devices)
 
     def abstract(self) -> Any:
-        """The abstract build, so that a missing value shows before step 0."""
-        return self.plan()
+        """The abstract build and an abstract call, so that a missing value and a refused call show before step 0."""
+        plan = self.plan()
+        plan.exercise()
+        return plan
 
     def train(
         self, out: str | Path, *, operative: str = "", debug: bool = False, watch: Any = None
@@ -228,8 +234,9 @@ class Run:
 
         return restore(self, Path(out))
 
-    def evaluate(self, out: str | Path) -> dict[str, float]:
-        """Runs the evaluators on the newest complete checkpoint in a run's folder, prints and returns their figures."""
+    def evaluate(self, out: str | Path) -> dict[str, Any]:
+        """Runs the evaluators on the newest complete checkpoint in a run's folder, prints and returns their figures; loads by
+        layer are arrays."""
         from training.judging import evaluate
         from training.programs import keep_programs
         from training.screen import say

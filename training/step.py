@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from models.side import Tallies
 from objectives.base import SHARED, Batch, Loss, Models, Objective
 from objectives.draws import draws
 from training.ema import Ema
@@ -52,17 +53,17 @@ class Step:
     average: Ema | None = None
     sources: int = 0
 
-    def __call__(self, state: State, batch: Batch) -> tuple[State, dict[str, Stats]]:
+    def __call__(self, state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
         """Takes one optimizer step; meant for `jax.jit` with the state donated.
 
         Returns:
-          The new state, and `metrics` to report beside the raw `sums` that controllers read.
+          The new state, and `metrics` to report beside the raw `sums` that controllers read and the models' `tallies`.
         """
         key = draws(jax.random.key(self.seed), state.step, batch["row"], self.batch_size)
         models = self.trees.models(state.params, state.frozen, state.buffers)
         batch = jax.lax.stop_gradient(self.objective.prepare(models, batch, step=state.step, key=key))
 
-        gradients, observed, stats, rows = self.gradients(state, batch)
+        gradients, observed, stats, rows, tallies = self.gradients(state, batch)
         norm = optax.tree.norm(gradients)
         if self.clip is not None:
             shrink = jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-30))
@@ -90,16 +91,31 @@ class Step:
             ok, guard = self.guard(state.guard, stats["loss"], norm)
             # A skipped step leaves everything as it was, buffers too; only the step count and the guard move.
             new = chosen(ok, new, state)
-            # Nor do controllers hear of it: one sum that is not finite would stay in theirs.
-            stats = {name: jnp.where(ok, value, 0) for name, value in stats.items()}
+            # Nor do controllers hear of it: one sum that is not finite would stay in theirs. No token chose anything.
+            stats, tallies = jax.tree.map(lambda value: jnp.where(ok, value, 0), (stats, tallies))
             metrics |= {"skipped": guard["skipped"], "skipped_in_a_row": guard["run"]}
         metrics |= self.optimizer.rates(state.step)
-        return replace(new, step=state.step + 1, frozen=state.frozen, guard=guard), {"metrics": metrics, "sums": stats}
+        out = {"metrics": metrics, "sums": stats, "tallies": tallies}
+        return replace(new, step=state.step + 1, frozen=state.frozen, guard=guard), out
+
+    def forward(self, state: State, batch: Batch) -> Loss:
+        """The loss of the first micro-batch, as the step's own call has it; traced before step 0, for what it refuses."""
+        key = draws(jax.random.key(self.seed), state.step, batch["row"], self.batch_size)
+        models = self.trees.models(state.params, state.frozen, state.buffers)
+        batch = self.objective.prepare(models, batch, step=state.step, key=key)
+        part = {k: v if k.startswith(SHARED) else self._parts(v)[0] for k, v in batch.items()}
+        return self._call(state, state.params, {}, part)[0]
+
+    def _call(self, state: State, params: Any, statistics: Any, part: Batch) -> tuple[Loss, Models]:
+        models = self.trees.models(params, state.frozen, state.buffers | statistics, training=True)
+        key = draws(jax.random.key(self.seed), state.step, part["row"], self.batch_size)
+        return self.objective(models, part, step=state.step, key=key), models
 
     def gradients(
         self, state: State, batch: Batch
-    ) -> tuple[dict[str, Array], dict[str, Array], Stats, dict[str, Array]]:
-        """Gradients of the loss, sums for the modules' statistics, the sums of its terms, and what the calls returned by row.
+    ) -> tuple[dict[str, Array], dict[str, Array], Stats, dict[str, Array], Tallies]:
+        """Gradients of the loss, sums for the modules' statistics, the sums of its terms, what the calls returned by row, and
+        the models' tallies.
 
         With several micro-batches a first scan sums the terms' weights, which do not depend on parameters, so that the
         compiler drops the model from it; a second accumulates one gradient. Both sums of a ratio are then over the
@@ -108,10 +124,7 @@ class Step:
 
         statistics = {name: value for name, value in state.buffers.items() if name in self.trees.statistics}
 
-        def call(params: Any, statistics: Any, part: Batch) -> tuple[Loss, Models]:
-            models = self.trees.models(params, state.frozen, state.buffers | statistics, training=True)
-            key = draws(jax.random.key(self.seed), state.step, part["row"], self.batch_size)
-            return self.objective(models, part, step=state.step, key=key), models
+        call = partial(self._call, state)
 
         def weights(part: Batch) -> Stats:
             loss, models = call(state.params, statistics, part)
@@ -122,13 +135,13 @@ class Step:
             own = divisors(loss, models)
             total = weighed(loss, models, own if over is None else over)
             stats = {**sums(loss, models, part, self.sources), **own, "loss": total}
-            return total, (jax.lax.stop_gradient(stats), jax.lax.stop_gradient(dict(loss.rows)))
+            return total, jax.lax.stop_gradient(((stats, dict(models.tallies)), dict(loss.rows)))
 
         # A statistic's cotangent is what its module asked to be summed.
         grad = partial(jax.grad(value, argnums=(0, 1), has_aux=True), state.params, statistics)
         if self.accumulate == 1:
-            (gradients, observed), (stats, rows) = grad(batch, None)
-            return gradients, observed, stats, rows
+            (gradients, observed), ((stats, tallies), rows) = grad(batch, None)
+            return gradients, observed, stats, rows, tallies
         shared = {k: v for k, v in batch.items() if k.startswith(SHARED)}
         parts = {k: self._parts(v) for k, v in batch.items() if k not in shared}
         add = lambda a, b: jax.tree.map(jnp.add, a, b)
@@ -138,13 +151,13 @@ class Step:
         over, _ = jax.lax.scan(lambda total, part: (add(total, weights(part | shared)), None), start, parts)
 
         def accumulate(carry: Any, part: Batch) -> tuple[Any, Any]:
-            gradients, (stats, rows) = grad(part | shared, over)
-            return add(carry, (gradients, stats)), rows
+            gradients, (kept, rows) = grad(part | shared, over)
+            return add(carry, (gradients, kept)), rows
 
         shapes = jax.eval_shape(lambda part: grad(part, over), first | shared)
         start = zeros((shapes[0], shapes[1][0]))
-        ((gradients, observed), stats), rows = jax.lax.scan(accumulate, start, parts)
-        return gradients, observed, stats, {name: self._whole(x) for name, x in rows.items()}
+        ((gradients, observed), (stats, tallies)), rows = jax.lax.scan(accumulate, start, parts)
+        return gradients, observed, stats, {name: self._whole(x) for name, x in rows.items()}, tallies
 
     def _parts(self, x: Array) -> Array:
         """[B, ...] -> [k, B/k, ...], each micro-batch every k-th row: a blocked split would move rows between devices."""

@@ -128,8 +128,16 @@ class Trees:
     @cached_property
     def coupled(self) -> tuple[str, ...]:
         """How to make rows independent, for every module of a trained tree where they are not."""
+        return self._said("couples_rows")
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """What the modules of the trained trees want a user to know."""
+        return self._said("warning")
+
+    def _said(self, attribute: str) -> tuple[str, ...]:
         nodes = (node for tree in self.trained for _, node in nnx.iter_graph(self._abstract(tree)))
-        return tuple(sorted({how for node in nodes if (how := getattr(node, "couples_rows", ""))}))
+        return tuple(sorted({words for node in nodes if (words := getattr(node, attribute, ""))}))
 
     def _abstract(self, tree: str) -> nnx.Module:
         return nnx.merge(self.graphs[tree], self.abstract[tree])

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from models.mixture.routers import TopKRouter, at_most
 from models.mixture.routing import Routing, took
 from models.variables import Buffer, buffer
+from models.vocabulary import of_trunk
 from partitioning import UserError
 
 
@@ -24,18 +25,24 @@ class HashRouter(nnx.Module):
     Args:
       width: D, for nothing.
       experts, top_k: E and k; each of the k has weight 1 / k.
-      vocabulary: how many ids there are.
+      vocabulary: how many ids there are; None for the trunk's.
       rngs: where the draw comes from.
 
     Raises:
-      UserError: top_k larger than the number of experts; a call without token ids, or of another vocabulary.
+      UserError: top_k larger than the number of experts, or another vocabulary than the trunk's; a call without token ids.
 
     Source: "Hash Layers For Large Sparse Models", Roller et al., 2021.
     Differs: k experts add up, where the paper's several hashes each give a part of one expert's matrices.
     """
 
-    def __init__(self, width: int, *, experts: int, top_k: int, vocabulary: int, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, experts: int, top_k: int, vocabulary: int | None = None, rngs: nnx.Rngs):
         del width
+        trunk = of_trunk()
+        if vocabulary is None:
+            if trunk is None:
+                raise UserError("HashRouter.vocabulary: expected how many ids there are, outside a trunk")
+            vocabulary = trunk.size
+        check_rows(vocabulary, "HashRouter", None if trunk is None else trunk.size)
         self.experts, self.top_k = experts, at_most(experts, top_k)
         drawn = jax.random.uniform(rngs.params(), (vocabulary, experts))
         self.table = buffer(jax.lax.top_k(drawn, top_k)[1])
@@ -55,14 +62,16 @@ class MaskedRouter(TopKRouter):
 
     Args:
       width, experts, top_k, renormalise, scale: as in `TopKRouter`.
-      frequencies: how often each id occurs, one number an id; or the path of a .npy file of them.
+      frequencies: how often each id occurs, one number an id; or the path of a .npy file of them; None for those of the text
+        that the run trains on, of several stages the first one's, of a mixture by its weights at the start. Ids that are no
+        text, such as a mask's, never occur, and are rare.
       share: ids are frequent, the most frequent first, until they make up this share of the text.
       frequent, rare: experts that a frequent and a rare id sees; all, and one, by default.
       rngs: where the initial weights and the draw come from.
 
     Raises:
-      UserError: numbers of experts out of range, or no frequencies in the file; a call without token ids, or of another
-        vocabulary.
+      UserError: numbers of experts out of range, no frequencies in the file, none that the trunk's text could give, or those of
+        another vocabulary; a call without token ids.
 
     Source: "MaskMoE: Boosting Token-Level Learning via Routing Mask in Mixture-of-Experts", Su et al., 2024.
     Differs: the paper cuts the vocabulary at a frequency, here at a share of the text.
@@ -76,7 +85,7 @@ class MaskedRouter(TopKRouter):
         top_k: int,
         renormalise: bool = False,
         scale: float = 1.0,
-        frequencies: str | Sequence[float] = (),
+        frequencies: str | Sequence[float] | None = None,
         share: float = 0.9,
         frequent: int | None = None,
         rare: int = 1,
@@ -119,13 +128,17 @@ def is_frequent(counts: Float[np.ndarray, V], share: float) -> Bool[np.ndarray, 
     return found
 
 
-def read(frequencies: str | Sequence[float]) -> Float[np.ndarray, V]:
-    """Numbers by id, from a .npy file where a path is given.
+def read(frequencies: str | Sequence[float] | None) -> Float[np.ndarray, V]:
+    """Numbers by id, from a .npy file where a path is given, and the trunk's where nothing is.
 
     Raises:
-      UserError: no such file, or no row of numbers in it.
+      UserError: no such file, no row of numbers in it, or of another vocabulary than the trunk's.
     """
-    name = "MaskedRouter.frequencies"
+    name, trunk = "MaskedRouter.frequencies", of_trunk()
+    if frequencies is None:
+        if trunk is None or trunk.frequencies is None:
+            raise UserError(f"{name}: expected a count for each token id, where no run's text gives them")
+        return trunk.frequencies()
     if isinstance(frequencies, str):
         name = f"{name} = {frequencies!r}"
         try:
@@ -136,6 +149,7 @@ def read(frequencies: str | Sequence[float]) -> Float[np.ndarray, V]:
         found = np.asarray(frequencies)
     if found.ndim != 1 or not found.size or found.dtype.kind not in "iuf" or (found < 0).any():
         raise UserError(f"{name}: expected a count for each token id, an array of one dimension")
+    check_rows(len(found), "MaskedRouter", None if trunk is None else trunk.size)
     return found.astype(np.float64)
 
 
@@ -147,9 +161,17 @@ def ids(context: Any, table: Buffer, router: str) -> Int[Array, "B S"]:
     """
     if context is None or context.tokens is None:
         raise UserError(f"{router} goes by token ids, and this call has embeddings: call the trunk with tokens")
-    rows = table.get_value().shape[0]
-    if rows != context.vocabulary:
-        raise UserError(
-            f"{router}'s table is of another vocabulary: it has {rows} ids, the trunk's vocabulary has {context.vocabulary}"
-        )
+    check_rows(table.get_value().shape[0], router, context.vocabulary)
     return context.tokens
+
+
+def check_rows(rows: int, router: str, vocabulary: int | None) -> None:
+    """Whether a table is of a trunk's vocabulary, where that is known.
+
+    Raises:
+      UserError: it is of another.
+    """
+    if vocabulary is not None and rows != vocabulary:
+        raise UserError(
+            f"{router}'s table is of another vocabulary: it has {rows} ids, the trunk's vocabulary has {vocabulary}"
+        )

@@ -17,8 +17,8 @@ from models.linear import linear
 from models.mixture.balance import Over, Scope, load_balance, z_term
 from models.mixture.dispatch import Form, capacity, dropless, picked
 from models.mixture.routers import TopKRouter
-from models.mixture.routing import Picks, Routing
-from models.side import Side, Sides
+from models.mixture.routing import Picks, Routing, took
+from models.side import Beside, Tally
 from models.variables import param
 from partitioning import UserError, constrain
 
@@ -30,7 +30,8 @@ class Experts(nnx.Module):
     shared expert's result, where there is one: (act(x W) * (x V)) U, with a gate sigmoid(x w) times that.
 
     Side terms, over the tokens that are not padding: `balance` and `z`, see `load_balance` and `z_term`, of routers that
-    learn; `dropped`, of the form 'capacity', the share of choices that found no room.
+    learn. A tally of the experts: how often each was chosen, by the form 'capacity' how many of these choices found no room,
+    and the bias of a router that has one.
 
     Args:
       width: D.
@@ -105,8 +106,8 @@ class Experts(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B S D"], present: Bool[Array, "B S"], context: Any = None
-    ) -> tuple[Float[Array, "B S D"], Sides]:
-        """Transforms every token; returns the side terms' raw sums over `present` tokens.
+    ) -> tuple[Float[Array, "B S D"], Beside]:
+        """Transforms every token; returns the side terms' and the tally's raw sums over `present` tokens.
 
         Args:
           x: states.
@@ -114,7 +115,9 @@ class Experts(nnx.Module):
           context: the block's, for routers that go by token ids, draw, or must know the mask.
         """
         routing: Routing | Picks = self.router(x, present, context)
-        out, sides = self._routed(x, routing, present)
+        out, dropped = self._routed(x, routing, present)
+        here = jax.lax.stop_gradient(routing.taken * present[..., None])
+        sides: Beside = {"experts": Tally(here.sum((0, 1)), dropped, routing.bias, jnp.ones(()))}
         if routing.shares is not None:
             sides["balance"] = load_balance(
                 routing.shares,
@@ -131,7 +134,7 @@ class Experts(nnx.Module):
         return (out if self.shared is None else out + self._for_all(x, present)), sides
 
     def _routed(self, x: Float[Array, "B S D"], routing: Routing | Picks, present: Bool[Array, "B S"]) -> Any:
-        """The chosen experts' result, and how many choices were dropped, where some may be."""
+        """The chosen experts' result, and how many choices of each were dropped, where some may be."""
         inner, gate, outer = (p.get_value().astype(x.dtype) for p in (self.inner, self.gate, self.outer))
         matrices = (inner, gate, outer)
         if isinstance(routing, Picks):
@@ -139,14 +142,13 @@ class Experts(nnx.Module):
                 raise UserError(
                     f"Experts.form = {self.form!r}: experts that choose all take as many tokens, leave it out"
                 )
-            return picked(self.activation, x, routing.weights, routing.slots, matrices), {}
+            return picked(self.activation, x, routing.weights, routing.slots, matrices), None
         weights, chosen = routing.weights, routing.chosen
         if self.capacity is None:
-            return dropless(self.form, self.activation, x, weights, chosen, matrices), {}
+            return dropless(self.form, self.activation, x, weights, chosen, matrices), None
         out, kept = capacity(self.capacity, self.activation, x, weights, chosen, present, matrices)
-        asked = jnp.broadcast_to(present[..., None], kept.shape)
-        count = lambda choices: choices.sum(dtype=weights.dtype)
-        return out, {"dropped": Side(count(asked & ~kept), count(asked))}
+        lost = took(chosen, routing.taken.shape[-1], routing.taken.dtype, ~kept & present[..., None])
+        return out, (lost * routing.taken).sum((0, 1))
 
     def _for_all(self, x, present):
         """The shared expert's result."""

@@ -127,7 +127,8 @@ class SigmoidRouter(nnx.Module):
         taken = took(chosen, self.experts, logits.dtype)
         counts = (taken * present[..., None]).sum((0, 1))
         weights = observed(weights, {"bias": bias}, {"bias": counts})
-        return Routing(chosen, self.scale * weights, taken, scores / scores.sum(-1, keepdims=True), logits)
+        shares = scores / scores.sum(-1, keepdims=True)
+        return Routing(chosen, self.scale * weights, taken, shares, logits, jax.lax.stop_gradient(bias))
 
     def _allowed(self, ranked: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
         """-inf outside the best groups."""
@@ -222,8 +223,9 @@ class ExpertChoice(nnx.Module):
     g = softmax(x R) over the experts; expert e takes the C tokens of the largest g_e, C = top_k S / E rounded up, with the
     weights g_e. A token may have many experts, or none.
 
-    Which tokens an expert takes depends on all of the row, later tokens and other documents in it included: a causal mask
-    and decoding are refused, and documents packed in one row are not independent.
+    Which tokens an expert takes depends on all of the row, later tokens and other documents in it included: a mask that hides
+    a token from one that it sees (causal, a prefix, a permutation) and decoding are refused, and documents packed in one row
+    are not independent.
 
     Args:
       width: D.
@@ -231,11 +233,16 @@ class ExpertChoice(nnx.Module):
       rngs: where the initial weights come from.
 
     Raises:
-      UserError: top_k larger than the number of experts; a call under a causal mask, or with a cache.
+      UserError: top_k larger than the number of experts; a call under such a mask, or with a cache.
 
     Source: "Mixture-of-Experts with Expert Choice Routing", Zhou et al., 2022.
     Differs: experts choose among the tokens of a row, not of the batch, so that rows are independent.
     """
+
+    warning = (
+        "models.ExpertChoice: documents packed in one row are not independent, their tokens compete for experts; "
+        "data.Cached.pack = False reads one a row"
+    )
 
     def __init__(self, width: int, *, experts: int, top_k: int, rngs: nnx.Rngs):
         self.experts, self.top_k = experts, at_most(experts, top_k)
@@ -243,10 +250,10 @@ class ExpertChoice(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"], present: Bool[Array, "B S"], context: Any = None) -> Picks:
         """Chooses; padding is taken last, and has no weight."""
-        if context is not None and (context.causal or context.cache is not None):
+        if context is not None and (not context.mask.mutual or context.cache is not None):
             raise UserError(
-                "ExpertChoice lets experts see the whole row, later tokens too: a causal mask and decoding cannot be kept; "
-                "use another router, or an objective whose mask is not causal"
+                "ExpertChoice lets experts see the whole row, later tokens too: a causal mask, or one that hides what comes "
+                "later in another order, and decoding cannot be kept; use another router, or an objective whose mask hides nothing"
             )
         logits = _logits(x, self.kernel)
         shares = jax.nn.softmax(logits)

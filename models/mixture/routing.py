@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from partitioning import on_each_device
 
@@ -23,6 +23,7 @@ class Routing:
         has weight 0 and is none.
       shares: of each token, the probabilities of the experts, for the balance term; None where nothing is learned.
       logits: of the experts, for the z term; None where nothing is learned.
+      bias: what was added to the experts' scores to choose by, for figures; None for nothing.
     """
 
     chosen: Int[Array, "B S k"]
@@ -30,6 +31,7 @@ class Routing:
     taken: Float[Array, "B S E"]
     shares: Float[Array, "B S E"] | None = None
     logits: Float[Array, "B S E"] | None = None
+    bias: Float[Array, E] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -47,6 +49,7 @@ class Picks:
     taken: Float[Array, "B S E"]
     shares: Float[Array, "B S E"] | None = None
     logits: Float[Array, "B S E"] | None = None
+    bias: Float[Array, E] | None = None
 
 
 def largest(
@@ -64,6 +67,16 @@ def largest(
     return on_each_device(lambda part: tuple(jax.lax.top_k(part, k)), [(scores, names)], [(shape, names)] * 2)
 
 
-def took(chosen: Int[Array, "*B k"], experts: int, dtype: jnp.dtype) -> Float[Array, "*B E"]:
-    """1 where a token goes to an expert, else 0."""
-    return jax.nn.one_hot(chosen, experts, dtype=dtype).sum(-2)
+def took(
+    chosen: Int[Array, "*B k"], experts: int, dtype: jnp.dtype, where: Bool[Array, "*B k"] | None = None
+) -> Float[Array, "*B E"]:
+    """1 where a token goes to an expert, else 0.
+
+    Args:
+      chosen: its experts.
+      experts: how many there are.
+      dtype: of the result.
+      where: which choices count; None for all.
+    """
+    each = jax.nn.one_hot(chosen, experts, dtype=dtype)
+    return (each if where is None else each * where[..., None]).sum(-2)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 import data
 from data import cache, cache_writing, tasks
-from data.columns import MemorySplit, Tokenized
+from data.columns import MemorySplit, Tokenized, reordered
 from data.sources import InMemory
 from partitioning.errors import UserError
 
@@ -54,12 +55,20 @@ def everything(split):
 @pytest.mark.parametrize(("records", "tokenizer"), [(TEXTS, data.Bytes()), (TEXTS, PIECES), (MIXED, data.Bytes())])
 def test_columns_come_back_aligned(records, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_writing, "CHUNK", 64)  # many chunks, cut inside examples
+    monkeypatch.setattr(cache_writing, "reordered", partial(reordered, group=200))
     folder = data.prepare(task(records, tokenizer=tokenizer), str(tmp_path))
     opened = cache.Cache(folder)
     held = Tokenized(opened.tokenizer, "held")
     held.add(records)
     assert everything(opened.split("train")) == everything(MemorySplit(held.columns()))
     assert opened.manifest["splits"]["train"]["text_bytes"] == held.bytes
+    split = opened.split("train")
+    for name in (name for name, kind in split.kinds.items() if kind in ("text", "texts")):
+        counts = np.bincount(
+            split.values(name, 0, len(held.columns()[name].values)), minlength=held.tokenizer.vocabulary
+        )
+        assert (counts > 0).sum() > 5
+        np.testing.assert_array_equal(split.counts(name, held.tokenizer.vocabulary), counts)
 
 
 def test_the_order_is_shuffled_and_fixed(tmp_path):
@@ -79,6 +88,9 @@ def test_a_cached_epoch_is_the_corpus(tmp_path):
     got = np.concatenate([reader.batch(s, batch_size=8, length=32, seed=0)["tokens"].ravel() for s in range(steps)])
     wanted = np.concatenate([reader.tokenizer.encode(r["text"]) for r in TEXTS])
     got, ends = got[got != 0], (got == reader.specials.eos).sum()
+    np.testing.assert_allclose(
+        reader.frequencies(), np.bincount(got, minlength=reader.vocabulary) / len(got), rtol=1e-12
+    )
     assert ends == len(TEXTS)
     np.testing.assert_array_equal(np.sort(got[got != reader.specials.eos]), np.sort(wanted))
     assert reader.identity()["content"] == cache.read_manifest(task(tokenizer=PIECES).folder(str(tmp_path)))["content"]
@@ -175,6 +187,25 @@ def test_a_cache_cut_short(prepared):
         data.prepare(task(tokenizer=PIECES), str(prepared.parent))
     data.prepare(task(tokenizer=PIECES), str(prepared.parent), overwrite=True)
     opened(prepared)
+
+
+def test_a_cache_without_counts(prepared):
+    """An older version's is read as it was; what asks for frequencies says how to have them, and the texts stay the same."""
+    file = prepared / cache.MANIFEST
+    manifest = json.loads(file.read_text())
+    for split in manifest["splits"].values():
+        del split["columns"]["text"]["counts"]
+        split["files"] = {name: size for name, size in split["files"].items() if "counts" not in name}
+    file.write_text(json.dumps(manifest))
+    reader, root = opened(prepared), str(prepared.parent)
+    reader.batch(0, batch_size=1, length=32, seed=0)
+    with pytest.raises(UserError, match=r"train/text: made by an older version.*; prepare again with --overwrite"):
+        reader.frequencies()
+    data.prepare(task(tokenizer=PIECES), root)
+    assert json.loads(file.read_text()) == manifest
+    data.prepare(task(tokenizer=PIECES), root, overwrite=True)
+    assert opened(prepared).frequencies().sum() == pytest.approx(1)
+    assert opened(prepared).identity() == reader.identity()
 
 
 def test_a_damaged_chunk(prepared):

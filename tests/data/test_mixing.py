@@ -27,6 +27,37 @@ def entry(step, docs, code, notes=0.0, row=None):
     return data.ControlEntry(step, {"mixture": {"docs": docs, "code": code, "notes": notes}}, row)
 
 
+def test_frequencies_are_those_of_what_is_read():
+    """Sources by their weights, not by their length; with what stands before and after each text."""
+    sources = {name: data.Records(examples=[{"text": f"{name} {i}"} for i in range(9)]) for name in NAMES}
+    rows = dict(zip(NAMES, (0.5, 0.25, 0.25), strict=True))
+    mixed = data.Mixture(sources=sources, weights={**rows, NAMES[0]: lambda step: 0.5 + 0 * step}).open()
+    expected = 0.0
+    for name, source in sources.items():
+        reader = source.open()
+        batch = reader.batch(0, batch_size=reader.rows(length=256), length=256, seed=0)
+        counts = np.bincount(batch["tokens"][batch["segments"] > 0], minlength=reader.vocabulary)
+        assert counts[reader.specials.bos] == counts[reader.specials.eos] == 9
+        np.testing.assert_allclose(reader.frequencies(), counts / counts.sum(), rtol=1e-12)
+        expected = expected + rows[name] * counts / counts.sum()
+    np.testing.assert_allclose(mixed.frequencies(), expected, rtol=1e-12)
+
+
+def test_frequencies_of_lists_of_texts():
+    """Every text of every field has what stands before and after it."""
+    examples = [
+        {"query": f"q{i}", "candidates": [f"c{j}" for j in range(1 + i % 4)], "score": float(i)} for i in range(6)
+    ]
+    reader = data.Records(examples=examples).open()
+    batch = reader.batch(0, batch_size=6, length=16, seed=0)
+    counts = sum(
+        np.bincount(batch[f"{name}/tokens"][batch[f"{name}/segments"] > 0], minlength=reader.vocabulary)
+        for name in ("query", "candidates")
+    )
+    assert counts[reader.specials.eos] == 6 + 13
+    np.testing.assert_allclose(reader.frequencies(), counts / counts.sum(), rtol=1e-12)
+
+
 @settings(max_examples=100, deadline=None)
 @given(weights=st.lists(st.floats(0, 1e3), min_size=1, max_size=9).filter(lambda w: sum(w) > 0))
 def test_slots_are_whole_and_near_the_weights(weights):

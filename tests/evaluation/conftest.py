@@ -12,7 +12,7 @@ from flax import nnx
 from held_out import TOKENIZER, VOCABULARY
 
 from models import Attention, FeedForward, Trunk
-from models.variables import flatten, rebuild
+from models.variables import Buffer, flatten, rebuild
 from objectives import Models
 from partitioning import data as data_parallel
 
@@ -31,6 +31,11 @@ def trunk():
 
 @pytest.fixture(scope="session")
 def judge(trunk):
+    """Judges the trunk by an evaluator on so many devices."""
+    return judging(trunk)
+
+
+def judging(trunk):
     """Judges a trunk by an evaluator on so many devices."""
     graph, abstract = nnx.split(trunk)
 
@@ -41,9 +46,10 @@ def judge(trunk):
             return Models({"trunk": rebuild(graph, abstract, params | frozen | buffers)})
 
         params = {name: scale * jnp.asarray(np.asarray(x)) for name, x in flatten(trunk, nnx.Param).items()}
-        params = jax.device_put(params, placement.replicated)
+        buffers = {name: jnp.asarray(np.asarray(x)) for name, x in flatten(trunk, Buffer).items()}
+        params, buffers = jax.device_put((params, buffers), placement.replicated)
         opened = evaluator.open(models=models, placement=placement, tokenizer=tokenizer)
-        return opened({"params": params, "frozen": {}, "buffers": {}})
+        return opened({"params": params, "frozen": {}, "buffers": buffers})
 
     return run
 

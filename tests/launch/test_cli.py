@@ -3,11 +3,13 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data.cache import Cache
@@ -41,6 +43,7 @@ def house(workshop, monkeypatch, tmp_path):
         def evaluate(self, out):
             """Note the call."""
             asked.append((self, out))
+            return {"bits": 2.5, "load": np.asarray([0.25, 0.75]), "none": math.nan}
 
         def prepare(self, *, overwrite, processes, report):
             """Note the call."""
@@ -120,8 +123,11 @@ def test_evaluate_reads_the_saved_configuration(house, tmp_path, capsys):
     assert "run: no config.gin in it" in capsys.readouterr().err
     trusted("train", "x.gin", "Hide.rate = 0.4")
     (tmp_path / "run" / "config.gin").write_text(house[0][2])
-    assert trusted("evaluate", "run") == 0
+    assert trusted("evaluate", "run", "--json", "figures.json") == 0
     assert house[1] == (house[0][0], Path("run"))
+    assert json.loads(Path("figures.json").read_text()) == {"bits": 2.5, "load": [0.25, 0.75], "none": "nan"}
+    assert trusted("evaluate", "run", "--json", "nowhere/figures.json") == 2
+    assert "nowhere/figures.json: cannot be written: No such file or directory" in capsys.readouterr().err
 
 
 def test_config_prints_a_configuration_that_resolves_again(house, tmp_path, capsys):

@@ -76,8 +76,8 @@ def test_every_form_is_the_dense_one(form, top_k, renormalise, same):
     own = found(*inputs, form=form, capacity=E / top_k if form == "capacity" else None, **changes)
     assert_alike(own, found(*inputs, form="dense", **changes))
     if form == "capacity":
-        assert own[1]["dropped"].total == 0
-        assert own[1]["dropped"].weight == inputs[2].sum() * top_k
+        assert own[1]["experts"].dropped.tolist() == [0] * E
+        assert own[1]["experts"].chosen.sum() == inputs[2].sum() * top_k
 
 
 def test_one_token_and_many():
@@ -208,8 +208,8 @@ def test_what_has_no_room_is_dropped_and_counted():
     kept = np.zeros((B, S), bool)
     kept[0, 2:] = kept[1, 0] = True
     assert (np.abs(out).max(-1) > 0).tolist() == kept.tolist()
-    assert (sides["dropped"].total, sides["dropped"].weight) == (9, 13)
-    assert sides["dropped"].coefficient == 0
+    assert sides["experts"].chosen.sum() == sides["experts"].chosen.max() == 13
+    np.testing.assert_array_equal(sides["experts"].dropped, 9 * (sides["experts"].chosen > 0))
     by_x = jax.grad(lambda x: (nnx.merge(graph, state)(x, present)[0] ** 2).sum())(x)
     assert (np.abs(by_x).max(-1) > 0).tolist() == kept.tolist()
     assert nnx.merge(graph, state).couples_rows == "Experts.form = 'blocks'"

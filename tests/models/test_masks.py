@@ -54,11 +54,13 @@ def _float64():
 
 @pytest.mark.parametrize("name", MASKS)
 def test_a_mask_is_its_relation(name):
-    """Lowered: the relation, the segment rule, nothing for padding; and `causal` is never claimed wrongly."""
+    """Lowered: the relation, the segment rule, nothing for padding; and `causal` and `mutual` are never claimed wrongly."""
     mask, relation = MASKS[name]
     np.testing.assert_array_equal(np.asarray(lower(mask, TOKENS, TOKENS))[0], relation & SAME)
     if mask.causal:
         assert not (relation & SAME)[KEY.repeat(S, 0) > QUERY.repeat(S, 1)].any()
+    if mask.mutual:
+        np.testing.assert_array_equal(relation & SAME, (relation & SAME).T)
 
 
 def test_the_masks_that_a_recurrent_mixer_may_have():
@@ -69,6 +71,17 @@ def test_the_masks_that_a_recurrent_mixer_may_have():
     assert ByRow(choose, Causal(), Window(3)).causal
     assert (Causal() | Window(3)).causal
     assert not ByRow(choose, Causal(), Chunk(3)).causal
+
+
+def test_the_masks_under_which_experts_may_choose():
+    """`mutual` likewise; a mask that is mutual by chance is not called so."""
+    mutual = {name for name, (mask, _) in MASKS.items() if mask.mutual}
+    assert mutual == {"encoder", "chunk", "sentinel", "window | sentinel"}
+    choose = jnp.zeros(2, bool)
+    assert ByRow(choose, Window(3, 3), Chunk(3)).mutual
+    assert (Window(3, 3) | Chunk(3)).mutual
+    assert not ByRow(choose, Chunk(3), Causal()).mutual
+    assert not (Chunk(3) | Causal()).mutual
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -9,12 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from awkward import TRUNK, VOCABULARY, pair_batch, plain_batch
 from flax import nnx
-from running import Toy, devices, tiny
 
 from models import (
-    Causal,
+    Bidirectional,
     ExpertChoice,
     Experts,
     FeedForward,
@@ -25,10 +23,9 @@ from models import (
     WarmUpRouter,
 )
 from models.mixture.by_token import is_frequent
+from models.side import apart
 from models.variables import Statistic, flatten
-from objectives import MaskedLM, MomentumQueue, RandomTokens
-from partitioning import UserError, data, fsdp, fsdp_expert, fsdp_sequence, fsdp_tensor
-from training.optimizers import Sgd
+from partitioning import UserError
 
 B, S, D, E, V = 3, 5, 6, 4, 37
 DRAW = np.random.default_rng(0)
@@ -45,7 +42,7 @@ def _float64():
 
 def context(**changes):
     """What a router reads of a block's context."""
-    plain = {"tokens": jnp.asarray(TOKENS), "vocabulary": V, "keys": None, "causal": False, "cache": None}
+    plain = {"tokens": jnp.asarray(TOKENS), "vocabulary": V, "keys": None, "mask": Bidirectional(), "cache": None}
     return SimpleNamespace(**plain | changes)
 
 
@@ -205,7 +202,7 @@ def layer(kind, **changes):
 
     def loss(state, x=X):
         out, sides = nnx.merge(graph, state, rest)(jnp.asarray(x), jnp.asarray(PRESENT), context())
-        return (out**2).sum() + sum(side.total.sum() for side in sides.values()), out
+        return (out**2).sum() + sum(side.total.sum() for side in apart(sides)[0].values()), out
 
     return graph, state, loss
 
@@ -295,121 +292,6 @@ def test_expert_choice_of_all_tokens_is_the_dense_layer():
     np.testing.assert_allclose(*outs, atol=1e-12)
 
 
-def model(kind, **changes):
-    feed_forward = partial(Experts, experts=8, hidden=8, router=kind, **changes)
-    return partial(TRUNK, feed_forward=feed_forward, dtype="float64")
-
-
-KINDS = {
-    "sigmoid": partial(SigmoidRouter, groups=4, top_groups=2, rate=0.1),
-    "warm-up": partial(WarmUpRouter, steps=3),
-    "masked": partial(MaskedRouter, frequencies=COUNTS, frequent=3),
-    "hash": partial(HashRouter, vocabulary=V),
-}
-
-
-def moved(run, batches):
-    """The state after steps on these batches, and the last metrics."""
-    plan = run.plan()
-    state, program, figures = plan.init(), plan.compile(plan.stages[0]), {}
-    for batch in batches:
-        state, out = program(state, plan.put(plan.stages[0], batch))
-        figures = out["metrics"]
-    return {n: np.asarray(v) for n, v in (state.params | state.buffers).items()}, figures
-
-
-RULES = {
-    "fsdp": fsdp(),
-    "tensor": fsdp_tensor(2),
-    "sequence": fsdp_sequence(2),
-    "expert": fsdp_expert(4),
-}
-
-
-# The router with a statistic and a parameter on every mesh; the others on one, and on the rest in the long run.
-MESHES = [
-    pytest.param(
-        KINDS[kind],
-        RULES[name],
-        id=f"{kind}-{name}",
-        marks=() if kind == "sigmoid" or name == "fsdp" else pytest.mark.long,
-    )
-    for kind in KINDS
-    for name in RULES
-]
-
-
-@pytest.mark.parametrize(("kind", "rules"), MESHES)
-def test_eight_devices_and_micro_batches_are_one(kind, rules):
-    """Parameters, biases and running means after three steps, with the balance over the whole batch."""
-    run = partial(tiny, "clm", model=model(kind), batch_size=16, optimizer=Sgd(learning_rate=0.5))
-    batches = [plain_batch(i) for i in range(3)]
-    with devices(1):
-        one, _ = moved(run(rules=data()), batches)
-        parts, _ = moved(run(rules=data(), accumulate=2), batches)
-    with devices(8):
-        many, _ = moved(run(rules=rules), batches)
-    statistics = [name for name in one if name.endswith(("bias", "mean_square"))]
-    assert all(np.abs(one[name] - name.endswith("square")).max() > 1e-3 for name in statistics)
-    for name, value in one.items():
-        for other in (parts, many):
-            np.testing.assert_allclose(other[name], value, rtol=1e-6, atol=1e-8, err_msg=name)
-
-
-def test_a_teacher_keeps_the_table():
-    """A queue's teacher moves its numbers toward the trunk's, and its table of experts is the trunk's, entry by entry."""
-    # 0.3 of 3 and 0.7 of it make less than 3, as numbers are rounded: cut to a whole one, 2.
-    objective = MomentumQueue(size=32, momentum=0.3)
-    small = {"rules": data(), "optimizer": Sgd(learning_rate=0.5), "data": Toy(pair_batch)}
-    with devices(1):
-        state, _ = moved(
-            tiny("momentum_queue", model=model(KINDS["hash"]), objective=objective, **small), [pair_batch(0, 8)]
-        )
-    tables = [name for name in state if name.endswith("router/table")]
-    assert len(tables) == 2
-    np.testing.assert_array_equal(*(state[name] for name in tables))
-
-
-@pytest.mark.parametrize("scope", ["micro_batch", "sequence"])
-def test_what_the_balance_is_taken_over(scope):
-    """By sequence micro-batches change nothing; by micro-batch they do, and that is its name."""
-    run = partial(tiny, "clm", model=model(TopKRouter, balance_scope=scope, balance=10.0), batch_size=16)
-    batches = [plain_batch(0)]
-    with devices(1):
-        (one, _), (two, _) = (
-            moved(run(rules=data(), accumulate=k, optimizer=Sgd(learning_rate=0.5)), batches) for k in (1, 2)
-        )
-    apart = max(np.abs(one[name] - two[name]).max() for name in one)
-    assert (apart < 1e-7) == (scope == "sequence")
-
-
-def test_expert_choice_in_an_encoder():
-    """It trains under a mask that sees all; a causal one is refused, and a table of another vocabulary."""
-    objective = MaskedLM(select=RandomTokens(rate=0.5))
-    with devices(1):
-        _, figures = moved(
-            tiny("clm", model=model(ExpertChoice), objective=objective, rules=data(), batch_size=16), [plain_batch(0)]
-        )
-    assert np.isfinite(figures["side/trunk/balance"])
-    with pytest.raises(UserError, match="ExpertChoice lets experts see the whole row"):
-        moved(tiny("clm", model=model(ExpertChoice), batch_size=16), [])
-    with pytest.raises(UserError, match=r"Experts\.form = 'blocks': experts that choose all take as many"):
-        layer(ExpertChoice, form="blocks")[2](layer(ExpertChoice)[1])
-    for kind in (partial(HashRouter, vocabulary=V + 1), partial(MaskedRouter, frequencies=[1.0] * (V + 1), frequent=2)):
-        with pytest.raises(UserError, match=r"another vocabulary: it has 38 ids, the trunk's vocabulary has 37"):
-            moved(tiny("clm", model=model(kind), batch_size=16), [])
-
-
-def test_capacity_is_counted_and_couples_rows():
-    """What is dropped is a metric; micro-batches are refused by name."""
-    made = model(TopKRouter, form="capacity", capacity=0.5)
-    with devices(1):
-        _, figures = moved(tiny("clm", model=made, rules=data(), batch_size=16), [plain_batch(0)])
-    assert 0.3 < figures["side/trunk/dropped"] < 0.9
-    with pytest.raises(UserError, match=r"accumulate = 2 .*Experts.form = 'blocks', or accumulate = 1"):
-        tiny("clm", model=made, rules=data(), batch_size=16, accumulate=2).plan()
-
-
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
@@ -437,24 +319,18 @@ def test_what_cannot_be_is_refused(kind, options, words):
         router(kind, **options)
 
 
+def test_experts_that_choose_have_no_form():
+    """All take as many."""
+    with pytest.raises(UserError, match=r"Experts\.form = 'blocks': experts that choose all take as many"):
+        layer(ExpertChoice, form="blocks")[2](layer(ExpertChoice)[1])
+
+
 def test_routers_by_id_need_ids():
     """A call with embeddings alone is refused."""
     with pytest.raises(UserError, match="HashRouter goes by token ids, and this call has embeddings"):
         routed(router(HashRouter, vocabulary=V), tokens=None)
-
-
-def test_a_decoder_with_experts_by_id_decodes_as_it_trains():
-    """A token's states with a cache are those of the whole row."""
-    trunk = model(partial(HashRouter, vocabulary=V))(VOCABULARY, rngs=nnx.Rngs(0))
-    tokens = jnp.asarray(np.random.default_rng(0).integers(6, V, (2, 6)))
-    where = {"segments": jnp.ones((2, 6), jnp.int32), "positions": jnp.tile(jnp.arange(6, dtype=jnp.int32), (2, 1))}
-    whole = trunk(tokens, mask=Causal(), **where).hidden
-    cache, parts = trunk.empty_cache(2, 6), []
-    for i in range(6):
-        one = {name: value[:, i : i + 1] for name, value in where.items()}
-        out = trunk(tokens[:, i : i + 1], mask=Causal(), cache=cache, **one)
-        cache, parts = out.cache, [*parts, out.hidden]
-    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-12)
+    with pytest.raises(UserError, match=r"HashRouter\.vocabulary: expected how many ids there are, outside a trunk"):
+        router(HashRouter)
 
 
 def test_dense_layers_know_nothing_of_a_context():

@@ -70,7 +70,7 @@ def gradients(name: str, rules, devices: int, accumulate: int = 1):
             key = draws(jax.random.key(3), state.step, batch["row"], ROWS)
             models = trees.models(values["params"], values["frozen"], values["buffers"])
             prepared = jax.lax.stop_gradient(objective.prepare(models, batch, step=state.step, key=key))
-            grads, observed, stats, rows = step.gradients(state, prepared)
+            grads, observed, stats, rows, _ = step.gradients(state, prepared)
             models = trees.models(values["params"], values["frozen"], values["buffers"])
             trees.observe(models, observed)
             objective.after_step(models, rows, stats, step=state.step)

@@ -20,24 +20,28 @@ def lines(folder):
     return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
 
 
-def events(folder, name):
+def events(folder, name, kind="Scalars"):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
-    return [(event.step, event.value) for event in accumulator.Scalars(name)]
+    value = "value" if kind == "Scalars" else "histogram_value"
+    return [(event.step, getattr(event, value)) for event in getattr(accumulator, kind)(name)]
 
 
 def test_both_files_hold_what_was_written(tmp_path):
     with MetricWriter(tmp_path / "new") as writer:
-        writer.write(1, {"loss/mlm": jnp.float32(2.5), "learning_rate": 0.1, "rows": np.int64(4)})
+        load = jnp.asarray([0.25, 1 / 3, jnp.nan])
+        writer.write(1, {"loss/mlm": jnp.float32(2.5), "learning_rate": 0.1, "rows": np.int64(4), "load": load})
         writer.write(2, {"loss/mlm": jnp.float32(jnp.nan), "learning_rate": float("inf")})
         writer.text("config", "a = 1")
     assert lines(tmp_path / "new") == [
-        {"step": 1, "loss/mlm": 2.5, "learning_rate": 0.1, "rows": 4},
+        {"step": 1, "loss/mlm": 2.5, "learning_rate": 0.1, "rows": 4, "load": [0.25, 0.333333, "nan"]},
         {"step": 2, "loss/mlm": "nan", "learning_rate": "inf"},
     ]
     assert events(tmp_path / "new", "learning_rate")[0] == (1, pytest.approx(0.1))
+    ((step, histogram),) = events(tmp_path / "new", "load", "Histograms")
+    assert (step, histogram.num, histogram.min) == (1, 2, 0.25)
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path):

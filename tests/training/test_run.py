@@ -12,11 +12,12 @@ import jax
 import numpy as np
 import pytest
 from held_out import TEXTS, TOKENIZER, records
+from running import record
 
 import data
 import training
 from evaluation import CausalPerplexity, MaskedLikelihood
-from models import Attention, FeedForward, Trunk
+from models import Attention, Experts, FeedForward, Trunk
 from objectives import CausalLM, MaskedLM
 from partitioning import UserError, fsdp
 from training import screen
@@ -103,10 +104,24 @@ def test_restored_on_one_device_the_trunk_computes_the_same(trained):
 
 
 def test_without_an_average_the_last_parameters_are_judged(tmp_path, said):
-    run = make(average=None, objective=CausalLM(), evaluators=[CausalPerplexity(data=records(), length=16)], rules=None)
+    experts = partial(make().model, feed_forward=partial(Experts, experts=3, top_k=1, hidden=16))
+    judge = CausalPerplexity(data=records(), length=16)
+    run = make(model=experts, average=None, objective=CausalLM(), evaluators=[judge], rules=None)
     figures = run.train(tmp_path)
-    assert run.evaluate(tmp_path) == pytest.approx({k: v for k, v in figures.items() if k != "loss"}, rel=1e-6)
+    found = run.evaluate(tmp_path)
+    loads = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+    numbers = {name: value for name, value in found.items() if name not in loads}
+    assert numbers == pytest.approx({k: v for k, v in figures.items() if k != "loss"}, rel=1e-6)
     assert said[0].endswith("checkpoint of step 3")
+    # Whom experts' tokens are goes where the other figures go: by expert to the metrics, by layer to the checkpoint too.
+    assert sorted(loads) == [f"causal/experts/trunk/layers/{i}/load" for i in range(2)]
+    assert any("largest/mean" in line for line in said)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (logged,) = [line for line in lines if "evaluation/causal/perplexity" in line]
+    for name, load in loads.items():
+        np.testing.assert_allclose(logged[f"evaluation/{name}"], load, rtol=1e-5)
+    kept = record(tmp_path, 3)["metadata"]["figures"]
+    assert kept == pytest.approx(numbers, rel=1e-6)
 
 
 def test_what_cannot_be_evaluated(trained, tmp_path, said):

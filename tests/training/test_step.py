@@ -14,7 +14,7 @@ import pytest
 from awkward import CASES, EXPERTS, TRUNK, plain_batch
 from running import devices, metrics, record, tiny
 
-from models import Attention
+from models import Attention, Experts
 from models.stack import layer_names
 from objectives import CausalLM, InfoNCE
 from partitioning import UserError, data
@@ -170,7 +170,8 @@ def bad_steps(*steps):
 
 def test_the_guard_skips_a_bad_step_and_ends_a_run_of_them(tmp_path):
     """One NaN leaves everything but the step count as it was; several in a row end the run with one line."""
-    small = {"model": partial(TRUNK, layers=1), "rules": data(), "checkpoint_every": 1}
+    experts = partial(Experts, experts=2, top_k=1, hidden=8)
+    small = {"model": partial(TRUNK, layers=1, feed_forward=experts), "rules": data(), "checkpoint_every": 1}
     with devices(1):
         tiny("clm", objective=bad_steps(2), guard=Guard(patience=2), **small).train(tmp_path / "run")
         before, after = (record(tmp_path / "run", step)["leaves"] for step in (2, 3))
@@ -180,6 +181,9 @@ def test_the_guard_skips_a_bad_step_and_ends_a_run_of_them(tmp_path):
         seen = metrics(tmp_path / "run")
         assert [seen[step]["skipped"] for step in (1, 2, 3, 4)] == [0, 0, 1, 1]
         assert seen[3]["loss"] == "nan"
+        # No token counts, whatever the states were.
+        loads = [seen[step]["experts/trunk/layers/0/load"] for step in (2, 3, 4)]
+        assert [load == ["nan", "nan"] for load in loads] == [False, True, False]
         with pytest.raises(UserError, match="the last 2 steps were skipped"):
             tiny("clm", objective=bad_steps(1, 2, 3), guard=Guard(patience=2), **small).train(tmp_path / "ends")
 
