@@ -144,6 +144,7 @@ def test_other_devices_see_the_same_batches_and_go_on(tmp_path):
         assert got[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-5)
 
 
+@pytest.mark.long
 def test_experts_shared_out_resume_here_and_on_another_mesh(tmp_path):
     """Bit for bit where they were, the router's bias too; elsewhere with the same losses."""
     model = partial(TRUNK, layers=1, feed_forward=partial(Experts, experts=8, hidden=8, router=SigmoidRouter))
