@@ -64,6 +64,8 @@ from models.side import Side as Side
 from models.stack import Stack as Stack
 from models.surgery.fold_layer_norm import fold_layer_norm as fold_layer_norm
 from models.surgery.linearize import linearize as linearize
+from models.surgery.upcycle import merge_experts as merge_experts
+from models.surgery.upcycle import upcycle as upcycle
 from models.trunk import Output as Output
 from models.trunk import Trunk as Trunk
 from models.variables import Buffer as Buffer
