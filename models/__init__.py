@@ -25,6 +25,7 @@ from models.families.t5 import t5 as t5
 from models.families.transnormer import transnormer as transnormer
 from models.feed_forward import FeedForward as FeedForward
 from models.heads import Head as Head
+from models.heads import NormHead as NormHead
 from models.heads import Scores as Scores
 from models.heads import TiedHead as TiedHead
 from models.linear_attention.gated_delta import GatedDeltaNet as GatedDeltaNet

@@ -17,6 +17,7 @@ from models.mixture.experts import Experts
 from models.mixture.routers import TopKRouter
 from models.stack import Stack, stacked
 from models.trunk import Trunk
+from models.vocabulary import within
 from partitioning import UserError
 
 MATRICES = ("inner", "gate", "outer")
@@ -58,7 +59,8 @@ def upcycle(trunk: Trunk, *, experts: int, top_k: int, rngs: nnx.Rngs, **options
         sizes = {"experts": experts, "top_k": top_k, "hidden": hidden, "activation": old.activation}
         make = partial(_experts, width, sizes | options)
         key = rngs.params()
-        new = make(key) if times is None else stacked(make, jax.random.split(key, times))
+        with within(trunk.vocabulary):
+            new = make(key) if times is None else stacked(make, jax.random.split(key, times))
         for name in MATRICES:
             leaf = getattr(new, name)
             leaf.set_value(jnp.broadcast_to(getattr(old, name).get_value()[..., None, :, :], leaf.get_value().shape))

@@ -34,7 +34,7 @@ DENSE = partial(FeedForward, hidden=12, gated=True, activation="silu")
 ROUTERS = {
     "softmax": {},
     "sigmoid": {"router": partial(SigmoidRouter, rate=0.0)},
-    "hash": {"router": partial(HashRouter, vocabulary=VOCABULARY.size)},
+    "hash": {"router": HashRouter},
 }
 
 
