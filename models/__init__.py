@@ -25,6 +25,7 @@ from models.families.t5 import t5 as t5
 from models.families.transnormer import transnormer as transnormer
 from models.feed_forward import FeedForward as FeedForward
 from models.heads import Head as Head
+from models.heads import NormHead as NormHead
 from models.heads import Scores as Scores
 from models.heads import TiedHead as TiedHead
 from models.linear_attention.gated_delta import GatedDeltaNet as GatedDeltaNet
@@ -64,6 +65,8 @@ from models.side import Side as Side
 from models.stack import Stack as Stack
 from models.surgery.fold_layer_norm import fold_layer_norm as fold_layer_norm
 from models.surgery.linearize import linearize as linearize
+from models.surgery.upcycle import merge_experts as merge_experts
+from models.surgery.upcycle import upcycle as upcycle
 from models.trunk import Output as Output
 from models.trunk import Trunk as Trunk
 from models.variables import Buffer as Buffer

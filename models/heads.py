@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,60 @@ class Head(nnx.Module):
     def __call__(self, hidden: Float[Array, "*B D"], table: Float[Array, "V D"]) -> Scores:
         """The scores of `hidden`; the embeddings are not looked at."""
         return Scores(hidden, self.table.get_value().astype(hidden.dtype), None, self.size)
+
+
+class NormHead(Head):
+    """Scores against a table of the head's own whose vectors have length 1: scores do not grow with the table.
+
+    token:   s_v = h . W_v / (|W_v| + eps), a vector for each token;
+    feature: s_v = sum_d h_d W_vd / (|W_:d| + eps), a vector over the vocabulary for each feature.
+
+    Norms are taken in float32, over the tokens that there are: rows that pad the table are none.
+
+    Args:
+      width: D.
+      vocabulary: of the trunk.
+      axis: what a vector is of. The paper's text reads as 'token', and Baichuan 2 does that; the released code of Ling
+        does 'feature'.
+      eps: added to a norm.
+      multiple: rows of the table are padded to a multiple of this.
+      rngs: where the initial weights come from.
+
+    Source: "Every FLOP Counts: Scaling a 300B Mixture-of-Experts LING LLM without Premium GPUs", Ling team, 2025; by token:
+      "Baichuan 2: Open Large-scale Language Models", Yang et al., 2023.
+    Differs: as in the released code of each, the gradient goes through the norms of 'token' and not through those of 'feature';
+      Baichuan 2 has the larger of norm and eps. The table itself is left as it is, also behind training.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        vocabulary: Vocabulary,
+        *,
+        axis: Literal["token", "feature"] = "token",
+        eps: float = 1e-7,
+        multiple: int = 128,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(width, vocabulary, multiple=multiple, rngs=rngs)
+        self.axis, self.eps = axis, eps
+
+    def __call__(self, hidden: Float[Array, "*B D"], table: Float[Array, "V D"]) -> Scores:
+        """The scores of `hidden`; the embeddings are not looked at."""
+        own: Any = self.table.get_value()
+        own = own.astype(jnp.promote_types(own.dtype, jnp.float32))
+        if self.axis == "token":
+            norms = _lengths(own, -1)
+        else:
+            here = (jnp.arange(own.shape[0]) < self.size)[:, None]
+            norms = jax.lax.stop_gradient(_lengths(jnp.where(here, own, 0), 0))
+        return Scores(hidden, (own / (norms + self.eps)).astype(hidden.dtype), None, self.size)
+
+
+def _lengths(table: Float[Array, "V D"], axis: int) -> Array:
+    """Of vectors; that of one of zeros has the gradient 0."""
+    squares = jnp.square(table).sum(axis, keepdims=True)
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
 
 
 class TiedHead(nnx.Module):

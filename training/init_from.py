@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from checkpoints.store import Checkpoints
@@ -18,7 +19,7 @@ from models.stack import layer_names
 from models.variables import Flat
 from partitioning import Placement, UserError
 from training.paths import found_by
-from training.state import by_group, by_index
+from training.state import by_group, by_index, entry
 from training.trees import Trees
 
 REPORT = "init_from.json"
@@ -34,6 +35,7 @@ class Initial:
       values: arrays by path, in the tree's grouping and shardings.
       source: the folder.
       used: parameters that the folder gave.
+      spread: those of them that a dense layer gave to every expert.
       reinitialised: parameters that begin as in a run without the folder.
       left: what the folder has and the tree has no place for, by its names there.
     """
@@ -41,13 +43,19 @@ class Initial:
     values: Flat = field(repr=False)
     source: str
     used: list[str]
+    spread: list[str]
     reinitialised: list[str]
     left: list[str]
 
     def line(self, tree: str) -> str:
         """The report of a tree in one line."""
         parts = [f"{len(self.used)} parameters used"]
-        for kind, names in (("re-initialised", self.reinitialised), ("left there", self.left)):
+        kinds = (
+            ("given to every expert", self.spread),
+            ("re-initialised", self.reinitialised),
+            ("left there", self.left),
+        )
+        for kind, names in kinds:
             if names:
                 more = ", ..." if len(names) > NAMED else ""
                 parts.append(f"{len(names)} {kind}: {', '.join(names[:NAMED])}{more}")
@@ -68,6 +76,8 @@ def keep_report(out: Path, initial: Mapping[str, Initial], say: Callable[[str], 
 
 def initial_values(trees: Trees, placement: Placement, tree: str, seeded: Callable[[], Flat]) -> Initial:
     """The parameters that a tree's `init_from` has for it; those that `reinitialise` matches are the run's own.
+
+    Matrices of experts that are one matrix in a run's folder, a dense layer's, take that one for every expert.
 
     Args:
       trees: of the run.
@@ -90,19 +100,27 @@ def initial_values(trees: Trees, placement: Placement, tree: str, seeded: Callab
     leaves = short(by_index(mine, names))
     anew = found_by(patterns, leaves, owner=f"reinitialise of tree {tree!r}")
     wanted = {name: leaf for name, leaf in leaves.items() if name not in anew}
+    spread: list[str] = []
     if (Path(folder) / CONFIG).is_file():
         found, left = _from_hub(nnx.merge(trees.graphs[tree], trees.abstract[tree]), folder, leaves, wanted)
     else:
-        found, left = _from_run(folder, leaves, wanted, placement)
+        sparse = [name for name in mine if "expert" in trees.axes[name]]
+        many = wanted.keys() & {n.removeprefix(f"{tree}/") for name in sparse for n in names[name]}
+        found, spread, left = _from_run(folder, leaves, wanted, many, placement)
     if anew:
         own = short(by_index({name: leaf for name, leaf in seeded().items() if name in mine}, names))
         found = found | {name: own[name] for name in anew}
     values = by_group({f"{tree}/{name}": value for name, value in found.items()}, mine, names)
-    return Initial(short(values), folder, sorted(wanted), sorted(anew), left)
+    return Initial(short(values), folder, sorted(wanted), spread, sorted(anew), left)
 
 
-def _from_run(folder: str, leaves: Flat, wanted: Flat, placement: Placement) -> tuple[Flat, list[str]]:
-    """Parameters of a run's trunk, from its newest checkpoint and, where they were frozen there, from its frozen tree."""
+def _from_run(
+    folder: str, leaves: Flat, wanted: Flat, sparse: Set[str], placement: Placement
+) -> tuple[Flat, list[str], list[str]]:
+    """Parameters of a run's trunk, from its newest checkpoint and, where they were frozen there, from its frozen tree.
+
+    Those that are `sparse`, with experts first, may be there without them; which are so is the second result.
+    """
     store = Checkpoints(str(Path(folder) / "checkpoints"))
     if not store.steps():
         raise UserError(
@@ -115,16 +133,24 @@ def _from_run(folder: str, leaves: Flat, wanted: Flat, placement: Placement) -> 
     reference = metadata.get("frozen", {}).get("trunk")
     kept = store.frozen_leaves(reference) if reference else {}
     shapes = there | {name.removeprefix(frozen): leaf.shape for name, leaf in kept.items()}
+    spread = sorted(name for name in sparse if shapes.get(name) == wanted[name].shape[1:])
+    whole, wanted = wanted, wanted | {name: entry(wanted[name], 0) for name in spread}
     _check(folder, wanted, shapes)
     asked = {f"trunk/{name}": leaf for name, leaf in wanted.items() if name in there}
     found: Flat = store.restore_part({"params": asked})[0]["params"] if asked else {}
     if reference and any(frozen + name in kept for name in wanted):
         # Its hash is of the whole tree, so that is read: on every device what has no place here.
-        spread = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.replicated)
-        whole = {name: wanted.get(name.removeprefix(frozen), spread(leaf)) for name, leaf in kept.items()}
-        found = found | store.load_frozen(reference, whole)
+        everywhere = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.replicated)
+        every = {name: wanted.get(name.removeprefix(frozen), everywhere(leaf)) for name, leaf in kept.items()}
+        found = found | store.load_frozen(reference, every)
     found = {name.removeprefix("trunk/"): value for name, value in found.items()}
-    return {name: found[name] for name in wanted}, sorted(shapes.keys() - leaves.keys())
+    found |= {name: _for_all(found[name], whole[name]) for name in spread}
+    return {name: found[name] for name in wanted}, spread, sorted(shapes.keys() - leaves.keys())
+
+
+def _for_all(value: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """The same for every expert."""
+    return jax.jit(lambda x: jnp.broadcast_to(x, leaf.shape), out_shardings=leaf.sharding)(value)
 
 
 def _check(folder: str, wanted: Flat, there: Mapping[str, Sequence[int]]) -> None:

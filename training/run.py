@@ -99,7 +99,8 @@ class Run:
       guard: skips bad steps and ends a run of them; None trains on through NaN.
       average: exponential moving average of the parameters; None for none. Evaluation uses it where there is one.
       init_from: a run's folder, whose newest trunk is the initial trunk, or a model's in the Hugging Face layout. What
-        it gave, and what it had that the trunk has not, is printed and kept in `init_from.json`.
+        it gave, and what it had that the trunk has not, is printed and kept in `init_from.json`. A run's dense layer gives
+        its matrices to every expert (see `models.upcycle`).
       reinitialise: regular expressions over the trunk's parameter paths, layers by index (`stack/layers/3/`); those that
         match begin as without `init_from`: a new head, a larger table. All others must be there, of the same shape.
       freeze: regular expressions over the trunk's parameter paths; those that match are not trained. Layers that are

@@ -87,10 +87,10 @@ def by_index(tree: Any, names: Mapping[str, tuple[str, ...]]) -> Any:
       tree: the state, or a part.
       names: from `models.stack.layer_names` of all leaves.
     """
-    return _map_flat(lambda flat: unstack(flat, names, _entry), tree, names)
+    return _map_flat(lambda flat: unstack(flat, names, entry), tree, names)
 
 
-def _entry(x: Any, r: int) -> Any:
+def entry(x: Any, r: int) -> Any:
     """Entry r along the first dimension, of an array or of an abstract one with its sharding."""
     if not isinstance(x, jax.ShapeDtypeStruct):
         return x[r]

@@ -8,7 +8,7 @@ from flax import nnx
 from models.attention import Attention
 from models.block import Block
 from models.feed_forward import FeedForward
-from models.heads import Head, TiedHead
+from models.heads import Head, NormHead, TiedHead
 from models.mixture.experts import Experts
 from models.norms import LayerNorm, RMSNorm
 from models.trunk import Trunk
@@ -85,7 +85,7 @@ def _root_mean_square(norm: Any, place: str) -> RMSNorm:
 def _untied(trunk: Trunk) -> Head:
     """A head with the embeddings as they were."""
     head, table = trunk.head, trunk.table
-    if type(head) is Head:
+    if type(head) in (Head, NormHead):
         return head
     if type(head) is not TiedHead or head.scale != 1 or any(True for _ in nnx.to_flat_state(nnx.state(head))):
         raise _refused("a Head, or a TiedHead without weights and a scale of its own")

@@ -22,6 +22,7 @@ from models import (
     LayerNorm,
     LearnedPositions,
     NoNorm,
+    NormHead,
     RMSNorm,
     TiedHead,
     Trunk,
@@ -86,8 +87,7 @@ def call(made, **options):
     return out, made.scores(out.hidden).logits()
 
 
-@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unscanned"])
-@pytest.mark.parametrize("head", [TiedHead, Head])
+@pytest.mark.parametrize(("head", "scan"), [(TiedHead, True), (TiedHead, False), (Head, True), (NormHead, False)])
 def test_the_same_function(head, scan):
     """Final states and scores; between the layers the states are the old ones, centred."""
     made = trunk(head=head, scan=scan)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import jax
 import numpy as np
 import pytest
 from awkward import CASES
+from flax import nnx
 from running import Toy, assert_same_end, devices, killed_after, tiny
 
 from launch.exchange import exported
-from models import bert, llama
-from models.stack import layer_names
+from models import Experts, FeedForward, TopKRouter, Trunk, bert, llama, upcycle
+from models.stack import layer_names, unstack
+from models.variables import flatten
 from objectives.base import Companion
 from partitioning import UserError, data, fsdp_tensor
 from training.init_from import REPORT
@@ -170,3 +173,29 @@ def test_a_companion_takes_its_own_part(source):
     got = by_index(state.frozen, layer_names(plan.trees.shapes))
     for name in initial["beside"].used:
         np.testing.assert_array_equal(got[f"beside/{name}"], values[name])
+
+
+DENSE = partial(FeedForward, hidden=16, gated=True)
+SPARSE = partial(Experts, experts=4, hidden=16, activation="gelu", router=partial(TopKRouter, renormalise=True))
+
+
+def test_a_dense_run_fills_every_expert(tmp_path):
+    """As `upcycle` does, from trained and frozen matrices, told by name, on a mesh that cuts them; no other shape is filled."""
+    make = lambda forward: partial(Trunk, width=16, layers=3, feed_forward=forward)
+    dense = tiny(model=make(DENSE), freeze=["feed_forward/inner"], steps=1, average=None)
+    with devices(1):
+        dense.train(tmp_path / "dense")
+    trunk, _ = dense.restore(tmp_path / "dense")
+    expected = unstack(flatten(upcycle(trunk, experts=4, top_k=2, rngs=nnx.Rngs(0)), nnx.Param))
+    run = tiny(model=make(SPARSE), init_from=str(tmp_path / "dense"), reinitialise=["router"], rules=fsdp_tensor(2))
+    plan = run.plan()
+    initial = plan.initial()
+    got = leaves(plan, plan.init(initial))
+    matrices = {name for name in got if name.endswith(("/inner", "/gate", "/outer"))}
+    assert set(initial["trunk"].spread) == matrices
+    assert f"{len(matrices)} given to every expert: stack/layers/0/feed_forward/gate" in initial["trunk"].line("trunk")
+    same(got, expected, [name for name in got if "router" not in name])
+    assert got["stack/layers/1/feed_forward/inner"].shape == (4, 16, 16)
+    wider = make(partial(SPARSE, hidden=24))
+    with pytest.raises(UserError, match=r"lacks 9 of .*\(16, 16\) there and \(4, 16, 24\) here"):
+        replace(run, model=wider).plan().initial()
