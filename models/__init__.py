@@ -28,6 +28,7 @@ from models.heads import Head as Head
 from models.heads import NormHead as NormHead
 from models.heads import Scores as Scores
 from models.heads import TiedHead as TiedHead
+from models.latent_attention import LatentAttention as LatentAttention
 from models.linear_attention.gated_delta import GatedDeltaNet as GatedDeltaNet
 from models.linear_attention.gla import GatedLinearAttention as GatedLinearAttention
 from models.linear_attention.lightning import LightningAttention as LightningAttention
