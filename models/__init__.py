@@ -14,6 +14,7 @@ from models.disentangled import DisentangledAttention as DisentangledAttention
 from models.encoder_decoder import EncoderDecoder as EncoderDecoder
 from models.families.bert import bert as bert
 from models.families.deberta import deberta as deberta
+from models.families.deepseek import deepseek as deepseek
 from models.families.llama import llama as llama
 from models.families.ltg_bert import ltg_bert as ltg_bert
 from models.families.minimax import minimax as minimax

@@ -18,7 +18,7 @@ from models.variables import flatten, replace_values
 GOLDEN = Path(__file__).parent / "models" / "hub_golden.npz"
 V, S = 83, 19
 # Families that read from left to right.
-DECODERS = ("llama", "minimax", "mixtral", "olmoe", "qwen3_next", "transnormer")
+DECODERS = ("deepseek", "llama", "minimax", "mixtral", "olmoe", "qwen3_next", "transnormer")
 VOCABULARY = Vocabulary(size=V, pad=1, bos=0, eos=2, mask=4, cls=5, sep=6)
 DRAW = np.random.default_rng(0)
 # Rows of unequal length.

@@ -24,6 +24,16 @@ T5 |= {"relative_attention_max_distance": 16, "dropout_rate": 0.0, "pad_token_id
 QWEN3_NEXT = {"num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 4, "linear_key_head_dim": 6}
 QWEN3_NEXT |= {"linear_value_head_dim": 5, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_experts": 4}
 QWEN3_NEXT |= {"num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 10}
+DEEPSEEK = {"first_k_dense_replace": 1, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 8}
+DEEPSEEK |= {"n_group": 4, "topk_group": 2, "qk_nope_head_dim": 5, "qk_rope_head_dim": 6, "v_head_dim": 7}
+DEEPSEEK |= {"kv_lora_rank": 9, "q_lora_rank": 10, "num_key_value_heads": 4, "num_nextn_predict_layers": 0}
+SHARP = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CASES = {
     "bert": ("Bert", "ForMaskedLM", {"max_position_embeddings": 32, **STILL}),
@@ -110,6 +120,21 @@ CASES = {
             "num_experts_per_tok": 2,
             "norm_topk_prob": True,
             "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            **DECODER,
+        },
+    ),
+    "deepseek": ("DeepseekV3", "ForCausalLM", {**DEEPSEEK, **DECODER}),
+    "deepseek, full queries": (
+        "DeepseekV3",
+        "ForCausalLM",
+        {
+            **DEEPSEEK,
+            "q_lora_rank": None,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+            "rms_norm_eps": 1e-3,
+            "rope_scaling": SHARP,
             "tie_word_embeddings": True,
             **DECODER,
         },

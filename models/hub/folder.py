@@ -15,6 +15,7 @@ import numpy as np
 
 from models.families.bert import bert
 from models.families.deberta import deberta
+from models.families.deepseek import deepseek
 from models.families.llama import llama
 from models.families.minimax import minimax
 from models.families.mixtral import mixtral
@@ -24,6 +25,7 @@ from models.families.qwen3_next import qwen3_next
 from models.families.t5 import t5
 from models.hub.bert import Bert
 from models.hub.deberta import Deberta
+from models.hub.deepseek import DeepSeek
 from models.hub.layout import Layout, Tensor
 from models.hub.llama import Llama
 from models.hub.minimax import MiniMax
@@ -38,6 +40,7 @@ from partitioning import UserError
 FAMILIES: dict[str, tuple[Callable[..., Any], Layout]] = {
     "bert": (bert, Bert()),
     "deberta": (deberta, Deberta()),
+    "deepseek": (deepseek, DeepSeek()),
     "modernbert": (modernbert, ModernBert()),
     "llama": (llama, Llama()),
     "minimax": (minimax, MiniMax()),
@@ -131,6 +134,12 @@ class Folder:
         left = []
         for name, array in self._arrays():
             tensor = wanted.pop(name, None)
+            if tensor is None and layout.null(name):
+                if array.any():
+                    raise UserError(
+                        f"{self.path}: tensor {name} is not 0 everywhere, and begins so here: expected zeros"
+                    )
+                continue
             if tensor is None:
                 if name not in tensors and not layout.spare(name):
                     left.append(name)

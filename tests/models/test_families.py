@@ -40,9 +40,19 @@ PUBLISHED = {
     "mixtral_8x7b": (32_000, 46_700),
     "mixtral_8x22b": (32_768, 141_000),
     "olmoe_1b_7b": (50_304, 6_920),
+    "deepseek_v3": (129_280, 671_000),
+    "ling_lite": (126_464, 16_800),
+    "ling_plus": (126_464, 290_000),
 }
 # Of experts: millions of parameters that a token meets, all of the embeddings and the head counted.
-ACTIVE = {"mixtral_8x7b": 12_900, "mixtral_8x22b": 39_000, "olmoe_1b_7b": 1_280}
+ACTIVE = {
+    "mixtral_8x7b": 12_900,
+    "mixtral_8x22b": 39_000,
+    "olmoe_1b_7b": 1_280,
+    "deepseek_v3": 37_000,
+    "ling_lite": 2_750,
+    "ling_plus": 28_800,
+}
 REST = """
 from __gin__ import dynamic_registration
 import data
