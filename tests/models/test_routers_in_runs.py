@@ -107,6 +107,8 @@ def test_eight_devices_and_micro_batches_are_one(kind, rules):
 def test_frequencies_of_the_text_that_a_run_trains_on():
     """A trunk hands its vocabulary to the routers inside, of which each layer draws its own table."""
     told = replace(VOCABULARY, frequencies=lambda: COUNTS / COUNTS.sum())
+    # The text of another stage is no other vocabulary.
+    assert (told, hash(told)) == (VOCABULARY, hash(VOCABULARY))
     made = partial(TRUNK, layers=2, feed_forward=partial(Experts, experts=8, router=MaskedRouter))
     given = partial(MaskedRouter, frequencies=COUNTS)
     tables = [
