@@ -62,7 +62,7 @@ def step(model, rules, count):
     return program, jax.device_get(out), {name: np.asarray(x) for name, x in state.params.items()}
 
 
-@pytest.mark.parametrize("model", [PURE, HYBRID], ids=["linear", "hybrid"])
+@pytest.mark.parametrize("model", [pytest.param(PURE, marks=pytest.mark.long), HYBRID], ids=["linear", "hybrid"])
 def test_a_training_step_is_that_of_one_device(model):
     """Under every preset."""
     _, one, parameters = step(model, data(), 1)

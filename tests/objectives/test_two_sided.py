@@ -53,7 +53,7 @@ def body(tokens):
     return tokens[int(special[0]) : len(tokens) - int(special[-1] and len(tokens) > int(special[0]))]
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n == "mass" else ()) for n in OBJECTIVES])
 def test_the_loss_is_that_of_each_document_by_itself(name):
     """What the decoder is to write is what it reads next; the last is told by the data. Mean over all targets, by numpy."""
     objective, make = OBJECTIVES[name]

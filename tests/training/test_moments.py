@@ -89,6 +89,7 @@ def test_a_stack_is_rounded_as_its_layers():
         np.testing.assert_array_equal(state[0].state.mu["w"][i], part[0].state.mu["w"])
 
 
+@pytest.mark.long
 def test_resumed_is_never_stopped(tmp_path):
     """Bases, norms, factors and moments in bfloat16, of a scanned model with experts on two devices."""
     same = {"learning_rate": 0.01, "moments": "bfloat16"}

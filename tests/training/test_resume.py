@@ -23,7 +23,24 @@ from training.run import Stage
 TEXTS = ("the quick brown fox jumps over the lazy dog", "def f(x): return x + 1", "import os, sys", "lorem ipsum dolor")
 
 
-@pytest.mark.parametrize("name", CASES)
+# Each kind of state and of draw once: two trees, stages, a teacher and a queue, a frozen tree, rewards from the host, statistics,
+# chunks, phases. The others in the long run.
+KINDS = {
+    "mlm",
+    "electra",
+    "gpt_bert",
+    "momentum_queue",
+    "dpo",
+    "grpo",
+    "power_norm",
+    "experts",
+    "info_nce_chunked",
+    "phases",
+}
+assert set(CASES) > KINDS
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in KINDS else pytest.mark.long) for n in CASES])
 def test_resumed_is_never_stopped(name, tmp_path):
     """Parameters, optimizer, buffers, guard and frozen trees of every awkward case; on a mesh, with an average, one."""
     run = tiny(name, average=Ema(decay=0.9) if name == "momentum_queue" else None)
@@ -69,7 +86,7 @@ class Asked(Interrupt):
         return self.questions >= 3
 
 
-@pytest.mark.parametrize("first", [2, 3, 4])
+@pytest.mark.parametrize("first", [pytest.param(2, marks=pytest.mark.long), 3, pytest.param(4, marks=pytest.mark.long)])
 def test_a_request_to_stop_around_a_stage_border_ends_that_step(first, tmp_path, monkeypatch):
     """Not one step more, whichever stage the step is of; it is saved, and the next start takes the rest."""
     run = tiny(
