@@ -259,6 +259,8 @@ def main() -> None:
             "",
             results.table(("decoder", "context", "ms a token", "state or cache"), decode),
             "",
+            "Against fla's kernels on a GPU: no GPU was at hand.",
+            "",
             *notes,
         ]
     )
