@@ -205,5 +205,5 @@ def test_it_compiles_for_real_chips(rules, ways):
     assert run.returncode == 0, run.stderr[-2000:]
     rows = [one for one in json.loads(run.stdout.splitlines()[-1]) if one[0] == "ragged-all-to-all"]
     choices, state = 8 * 256 * 4 // ways, 2 * 256
-    # A weight takes a line of 128 numbers: two bytes each there, four each back.
-    assert rows == [["ragged-all-to-all", choices * (4 * state + 128 * (2 + 4)), 6]]
+    # A weight takes a line of 128 numbers of four bytes there, and its gradient back.
+    assert rows == [["ragged-all-to-all", choices * (4 * state + 128 * (4 + 4)), 6]]
