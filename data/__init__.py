@@ -5,7 +5,7 @@ from data.cache import Cache
 from data.chats import ChatLines, ChatTemplate
 from data.control import ControlEntry
 from data.corpora import PythonCode, PythonDocs, PythonSearch
-from data.derived import PythonChats, PythonLists, PythonPreferences, PythonPrompts
+from data.derived import PythonChats, PythonLists, PythonPreferences, PythonPrompts, PythonSummaries
 from data.described import Described
 from data.example_rows import text_batch
 from data.mixing import Mixture, MixtureReader
@@ -44,6 +44,7 @@ __all__ = [
     "PythonPreferences",
     "PythonPrompts",
     "PythonSearch",
+    "PythonSummaries",
     "Reader",
     "Records",
     "Retrieval",

@@ -1,4 +1,4 @@
-"""Lists, preferences and prompts made from the functions of the standard library, for the objectives that need them.
+"""Lists, pairs, preferences and prompts made from the text of the standard library, for the objectives that need them.
 
 What is preferred or relevant is known by construction: a docstring belongs to its own function and not to another's.
 """
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data.chats import ChatTemplate
-from data.corpora import PythonSearch
+from data.corpora import PythonDocs, PythonSearch, first_sentence
 from data.sources import Record
 
 
@@ -40,6 +40,23 @@ class PythonLists:
                 "candidates": [f"{record['query']}\n{sources[k]}" for k in order],
                 "relevance": [float(k == 0) for k in order],
             }
+
+
+@dataclass(frozen=True)
+class PythonSummaries:
+    """Pairs of a docstring's first sentence (`query`) and the paragraphs behind its first (`positive`).
+
+    Arguments:
+        split: `train`, `validation` or `test`.
+    """
+
+    split: str = "train"
+
+    def __iter__(self) -> Iterator[Record]:
+        for record in PythonDocs(split=self.split):
+            first, _, rest = record["text"].strip().partition("\n\n")
+            if rest.strip():
+                yield {"query": first_sentence(first), "positive": rest.strip() + "\n"}
 
 
 @dataclass(frozen=True)

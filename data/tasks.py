@@ -10,7 +10,7 @@ from typing import Any
 
 from data import cache, cache_writing, corpora
 from data.chats import ChatLines
-from data.derived import PythonChats, PythonLists, PythonPreferences, PythonPrompts
+from data.derived import PythonChats, PythonLists, PythonPreferences, PythonPrompts, PythonSummaries
 from data.local import ENDINGS, local_source, own_splits
 from data.sources import SPLITS, Portion, Record, Source, fingerprint
 from data.tokenizers import Bytes, Tokenizer, TokenizerSpec
@@ -77,6 +77,7 @@ TASKS: dict[str, Task] = {
     "python_docs": _embedded("python_docs", corpora.PythonDocs),
     "python_code": _embedded("python_code", corpora.PythonCode),
     "python_search": _embedded("python_search", corpora.PythonSearch),
+    "python_summaries": _embedded("python_summaries", PythonSummaries),
     "python_lists": _embedded("python_lists", PythonLists),
     "python_preferences": _embedded("python_preferences", PythonPreferences),
     "python_prompts": _embedded("python_prompts", PythonPrompts),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -39,6 +40,7 @@ class Retrieval:
       begin, end: the special before and after each text, as the training data had them, or None.
       pooling: from states to a vector.
       tree: which tree embeds.
+      route: the domain of all texts, for `models.DomainRouter`.
       k: the depth.
       name: what the figures' names begin with.
 
@@ -54,6 +56,7 @@ class Retrieval:
     end: str | None = "eos"
     pooling: Pooling = "mean"
     tree: str = "trunk"
+    route: Annotated[int, Range(0, 1 << 30)] | None = None
     k: Count = 10
     name: str = "retrieval"
 
@@ -73,7 +76,9 @@ class Retrieval:
 
         def vectors(arrays: Any, batch: Any) -> jax.Array:
             tree = models(**arrays)[self.tree]
-            return embed(tree, {f"text/{name}": value for name, value in batch.items()}, "text", None, self.pooling)
+            texts = {f"text/{name}": value for name, value in batch.items()}
+            domain = {} if self.route is None else {"source": jnp.full((rows,), self.route, jnp.int32)}
+            return embed(tree, texts | domain, "text", None, self.pooling)
 
         jitted = jax.jit(vectors, out_shardings=placement.replicated)
 

@@ -46,6 +46,7 @@ from models.masks import Permutation as Permutation
 from models.masks import Prefix as Prefix
 from models.masks import Sentinel as Sentinel
 from models.masks import Window as Window
+from models.mixture.by_domain import DomainRouter as DomainRouter
 from models.mixture.by_token import HashRouter as HashRouter
 from models.mixture.by_token import MaskedRouter as MaskedRouter
 from models.mixture.experts import Experts as Experts

@@ -41,6 +41,7 @@ class Context:
       at: slots whose states are asked for, or None for all: the mixer's result has these slots alone.
       mask: the call's mask and the block's own, as `visible` was lowered from.
       causal: whether no query ever sees a later key.
+      routes: the domain of each row, for routers that go by it, or None.
       tokens: ids of the tokens, where the call was given ids, and how many ids there are (`vocabulary`).
       taps: what else is asked for: `layers`, the block's new states; `attention`, the mixer's weights where it has any;
         `transfer`, see `LinearizedAttention`.
@@ -62,6 +63,7 @@ class Context:
     cache_length: Int[Array, ""] | None = None
     keys: jax.Array | None = None
     at: Int[Array, "B K"] | None = None
+    routes: Int[Array, B] | None = None
     tokens: Int[Array, "B S"] | None = None
     vocabulary: int = field(default=0, metadata={"static": True})
     causal: bool = field(default=False, metadata={"static": True})

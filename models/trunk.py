@@ -199,6 +199,7 @@ class Trunk(nnx.Module):
         bias: Float[Array, "#B #H S K"] | None = None,
         cache: dict[str, Any] | None = None,
         keys: jax.Array | None = None,
+        routes: Int[Array, B] | None = None,
         at: Int[Array, "B K"] | None = None,
         taps: Sequence[Literal["layers", "attention", "cross_attention", "transfer"]] = (),
     ) -> Output:
@@ -216,6 +217,7 @@ class Trunk(nnx.Module):
           bias: added to attention scores.
           cache: from `empty_cache` or an earlier call; these tokens come after the ones in it.
           keys: one dropout key a row; None for no dropout.
+          routes: the domain of each row, for `DomainRouter`.
           at: slots whose states are wanted: `hidden` is `[B, K, D]`, and the last layer computes nothing else that it
             need not. None for all.
           taps: what else to return.
@@ -254,7 +256,7 @@ class Trunk(nnx.Module):
         context = Context(
             visible=jnp.ones((1, 1, 1), bool), segments=segments, positions=positions, source=source, memory=memory,
             before=None if cache is None else cache["document"], bias=bias, cache_length=start, keys=keys, taps=tuple(taps),
-            tokens=tokens, vocabulary=self.vocabulary.size,
+            routes=routes, tokens=tokens, vocabulary=self.vocabulary.size,
         )  # fmt: skip
         context = context if self.relative is None else self.relative(context, query, key)
         remembered = None

@@ -82,7 +82,7 @@ class InfoNCE(Objective):
         # Every (rows / chunked)-th row to a chunk, so that a chunk lives on all devices.
         split = lambda x: x.reshape(self.chunked, rows // self.chunked, *x.shape[1:]).swapaxes(0, 1)
         whole = lambda x: x.swapaxes(0, 1).reshape(rows, *x.shape[2:])
-        parts = {name: split(batch[name]) for name in (*self.fields(), "row")}
+        parts = {name: split(batch[name]) for name in (*self.fields(), "row", "source") if name in batch}
         vectors = jax.lax.map(lambda part: self._vectors(models, part, key.chunk(part["row"])), parts)
         query, positive = (jax.lax.stop_gradient(whole(x)) for x in vectors)
         loss, back = jax.vjp(lambda q, p: info_nce(q, p, self.temperature), query, positive)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 from models.masks import Bidirectional
 from objectives.base import Batch, Loss, Objective
 from objectives.draws import Draws
+from objectives.embedding import routes
 from objectives.replace import Replace
 from objectives.select import RandomTokens, Select, Selection
 from objectives.token_loss import TokenLoss
@@ -68,6 +69,7 @@ class MaskedLM(Masking):
             mask=Bidirectional(),
             keys=key("dropout"),
             at=hidden.positions,
+            **routes(batch),
         )
         loss, accuracy = self.penalty(trunk.scores(out.hidden), hidden.gather(batch["tokens"]), hidden.weight)
         return Loss({"mlm": loss, "accuracy": accuracy})

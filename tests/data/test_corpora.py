@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from data import corpora
+from data.derived import PythonSummaries
 from data.retrieval import Retrieval, python_search
 from data.sources import SPLITS
 from partitioning.errors import UserError
@@ -41,6 +42,20 @@ def test_no_text_is_in_two_splits_and_none_is_lost(source):
     assert len(everything) == len(set(everything))
     whole = corpora.docs() if source is corpora.PythonDocs else corpora.code()
     assert sorted(everything) == sorted(t.text for t in whole)
+
+
+def test_summaries_stand_in_front_of_their_texts():
+    """The sentence opens the text, and the paragraphs behind the first end it; those of a split are of its modules."""
+    whole = [t.text.strip() for t in corpora.docs() if corpora.split_of_module(t.module) == "test"]
+    pairs = list(PythonSummaries("test"))
+    assert len(pairs) == sum("\n\n" in text for text in whole) > 100
+    following = iter(whole)
+    for pair in pairs:
+        text = next(t for t in following if "\n\n" in t)
+        assert text.split("\n\n", 1)[1].strip() == pair["positive"].strip()
+        assert " ".join(text.split()).startswith(pair["query"])
+    with pytest.raises(UserError, match="split 'tset'"):
+        list(PythonSummaries("tset"))
 
 
 def test_sizes_are_those_of_a_corpus():
