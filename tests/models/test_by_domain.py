@@ -12,7 +12,7 @@ from awkward import TRUNK, VOCABULARY, modules, pair_batch, plain_batch, wide
 from flax import nnx
 from probing import loss_of, split
 
-from models import Bidirectional, DomainRouter, Experts, FeedForward, Trunk, upcycle
+from models import Attention, Bidirectional, DomainRouter, Experts, FeedForward, Trunk, upcycle
 from models.pooling import pool, unit
 from models.variables import flatten, replace_values
 from objectives import InfoNCE, MaskedLM
@@ -25,8 +25,9 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(6, VOCABULARY.size, (8, 7
 WHERE = {"segments": jnp.ones((8, 7), jnp.int32).at[1, 4:].set(0), "positions": jnp.tile(jnp.arange(7), (8, 1))}
 
 
-def trunk(forward, **options):
-    return Trunk(VOCABULARY, width=8, layers=2, feed_forward=forward, rngs=nnx.Rngs(0), dtype="float64", **options)
+def trunk(forward):
+    mixer = partial(Attention, heads=2)
+    return Trunk(VOCABULARY, width=8, layers=2, mixer=mixer, feed_forward=forward, dtype="float64", rngs=nnx.Rngs(0))
 
 
 def sparse(alike=False):
@@ -73,8 +74,8 @@ def test_a_batch_of_domains_is_each_domains_model():
 
 def test_objectives_give_a_row_its_source():
     """In chunks and at once, loss and gradients are alike; the vectors are those of the routes by hand."""
-    model = partial(TRUNK, feed_forward=partial(Experts, experts=3, top_k=1, hidden=8, router=DomainRouter))
-    batch = wide(pair_batch(0, 8) | {"source": np.asarray(ROUTES)})
+    model = partial(TRUNK, layers=1, feed_forward=partial(Experts, experts=3, top_k=1, hidden=8, router=DomainRouter))
+    batch = jax.tree.map(jnp.asarray, wide(pair_batch(0, 8) | {"source": np.asarray(ROUTES)}))
     found = {}
     for chunked in (None, 2):
         objective = InfoNCE(chunked=chunked)
@@ -89,7 +90,8 @@ def test_objectives_give_a_row_its_source():
     hidden = models.module("trunk")(**texts, mask=Bidirectional(), routes=ROUTES).hidden
     vectors = unit(pool(hidden, texts["segments"], "mean"))
     np.testing.assert_allclose(embed(models.trunk, batch, "query", None, "mean"), vectors, atol=1e-12)
-    masked = loss_of(MaskedLM(), modules(MaskedLM(), model), wide(plain_batch(0, 8) | {"source": np.asarray(ROUTES)}))
+    text = jax.tree.map(jnp.asarray, wide(plain_batch(0, 8) | {"source": np.asarray(ROUTES)}))
+    masked = loss_of(MaskedLM(), modules(MaskedLM(), model), text)
     assert np.isfinite(masked)
 
 
