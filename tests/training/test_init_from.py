@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from awkward import CASES
@@ -14,9 +15,9 @@ from flax import nnx
 from running import Toy, assert_same_end, devices, killed_after, tiny
 
 from launch.exchange import exported
-from models import Experts, FeedForward, TopKRouter, Trunk, bert, llama, upcycle
+from models import Experts, FeedForward, RMSNorm, TopKRouter, Trunk, bert, llama, upcycle
 from models.stack import layer_names, unstack
-from models.variables import flatten
+from models.variables import flatten, param
 from objectives.base import Companion
 from partitioning import UserError, data, fsdp_tensor
 from training.init_from import REPORT
@@ -179,6 +180,14 @@ DENSE = partial(FeedForward, hidden=16, gated=True)
 SPARSE = partial(Experts, experts=4, hidden=16, activation="gelu", router=partial(TopKRouter, renormalise=True))
 
 
+class OneRow(RMSNorm):
+    """Whose scale has one dimension more, and that is not of experts."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.scale = param(jnp.ones((1, width)), (None, "embed"))
+
+
 def test_a_dense_run_fills_every_expert(tmp_path):
     """As `upcycle` does, from trained and frozen matrices, told by name, on a mesh that cuts them; no other shape is filled."""
     make = lambda forward: partial(Trunk, width=16, layers=3, feed_forward=forward)
@@ -199,3 +208,5 @@ def test_a_dense_run_fills_every_expert(tmp_path):
     wider = make(partial(SPARSE, hidden=24))
     with pytest.raises(UserError, match=r"lacks 9 of .*\(16, 16\) there and \(4, 16, 24\) here"):
         replace(run, model=wider).plan().initial()
+    with pytest.raises(UserError, match=r"lacks 7 of .*'final_norm/scale' \(\(16,\) there and \(1, 16\) here"):
+        replace(run, model=partial(make(SPARSE), norm=OneRow)).plan().initial()
