@@ -1,15 +1,21 @@
 """Retrieval: the measure and the search by brute force, and the evaluator on a collection with a known answer."""
 
 import itertools
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
-from held_out import TOKENIZER
+from flax import nnx
+from held_out import TOKENIZER, VOCABULARY
 
 import data
 from evaluation import Retrieval, ndcg
 from evaluation.search import top
+from models import Attention, DomainRouter, Experts, Trunk
 from partitioning import UserError
+
+from .conftest import judging
 
 
 def test_ndcg_by_hand():
@@ -58,6 +64,20 @@ def test_equal_texts_are_found(judge, folder):
     evaluator = Retrieval(folder=folder, split="test", length=32, batch_size=3)
     assert judge(evaluator) == {"retrieval/ndcg@10": pytest.approx(1.0)}
     assert judge(evaluator, devices=8) == judge(evaluator)
+
+
+def test_texts_go_to_the_expert_of_the_route(folder):
+    """The other expert is no number, and nothing of it is seen; without a route the router says what it needs."""
+    experts = partial(Experts, experts=2, top_k=1, hidden=8, router=DomainRouter)
+    made = Trunk(
+        VOCABULARY, width=16, layers=1, mixer=partial(Attention, heads=2), feed_forward=experts, rngs=nnx.Rngs(0)
+    )
+    outer = made.stack.layers["0"].feed_forward.outer
+    outer.set_value(outer.get_value().at[0].set(np.nan))
+    judge, evaluator = judging(made), Retrieval(folder=folder, split="test", length=32, batch_size=3, route=1)
+    assert judge(evaluator) == {"retrieval/ndcg@10": pytest.approx(1.0)}
+    with pytest.raises(UserError, match="this call has no routes"):
+        judge(replace(evaluator, route=None))
 
 
 def test_an_encoder_that_sees_no_difference_finds_by_number_only(judge, folder):
