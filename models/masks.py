@@ -40,10 +40,15 @@ def static(**kwargs: Any) -> Any:
 class Mask:
     """Base of all masks."""
 
-    # True where no query ever sees a key in a later slot: what a recurrent mixer needs.
-    causal: bool = False
-    # True where whoever is seen sees back: no order hides one token from another.
-    mutual: bool = False
+    @property
+    def causal(self) -> bool:
+        """Whether no query ever sees a key in a later slot: what a recurrent mixer needs."""
+        return False
+
+    @property
+    def mutual(self) -> bool:
+        """Whether whoever is seen sees back: no order hides one token from another."""
+        return False
 
     def allowed(self, query: Tokens, key: Tokens) -> Bool[Array, "B Q K"]:
         """Whether a query may see a key; dimensions of size 1 broadcast."""
@@ -65,11 +70,11 @@ class Both(Mask):
     right: Mask
 
     @property
-    def causal(self) -> bool:  # type: ignore[override]
+    def causal(self) -> bool:
         return self.left.causal or self.right.causal
 
     @property
-    def mutual(self) -> bool:  # type: ignore[override]
+    def mutual(self) -> bool:
         return self.left.mutual and self.right.mutual
 
     def allowed(self, query, key):
@@ -86,11 +91,11 @@ class Either(Mask):
     right: Mask
 
     @property
-    def causal(self) -> bool:  # type: ignore[override]
+    def causal(self) -> bool:
         return self.left.causal and self.right.causal
 
     @property
-    def mutual(self) -> bool:  # type: ignore[override]
+    def mutual(self) -> bool:
         return self.left.mutual and self.right.mutual
 
     def allowed(self, query, key):
@@ -155,11 +160,11 @@ class Window(Mask):
             raise UserError(f"Window(before={self.before}, after={self.after}): distances are at least 0")
 
     @property
-    def causal(self) -> bool:  # type: ignore[override]
+    def causal(self) -> bool:
         return self.after == 0
 
     @property
-    def mutual(self) -> bool:  # type: ignore[override]
+    def mutual(self) -> bool:
         return self.after == self.before
 
     def allowed(self, query, key):
@@ -256,11 +261,11 @@ class ByRow(Mask):
     no: Mask
 
     @property
-    def causal(self) -> bool:  # type: ignore[override]
+    def causal(self) -> bool:
         return self.yes.causal and self.no.causal
 
     @property
-    def mutual(self) -> bool:  # type: ignore[override]
+    def mutual(self) -> bool:
         return self.yes.mutual and self.no.mutual
 
     def allowed(self, query, key):
