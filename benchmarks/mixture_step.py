@@ -21,7 +21,7 @@ from benchmarks import results
 from benchmarks.harness import Contestant, alternate
 from benchmarks.runs import RandomText, stepping
 
-CONFIG = "configs/experts.gin"
+CONFIG = "configs/olmoe.gin"
 VOCABULARY = 262
 """Of the config's tokenizer."""
 PARTS = ("route", "sort", "combine", "blocks", "dense layer")
