@@ -119,6 +119,8 @@ def main() -> None:
             *notes,
             "",
             mixture_step.tables(),
+            "",
+            "A step of an OLMoE of 1B active parameters on a GPU, beside torch: no GPU was at hand.",
         ]
     )
     results.write("mixture", "Mixtures of experts", body)

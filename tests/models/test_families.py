@@ -80,7 +80,9 @@ def test_parameters_are_those_of_the_paper(name, tmp_path):
     if name in ACTIVE:
         leaves = flatten(made, nnx.Param)
         sparse = [path for path, names in axes_of(made, nnx.Param).items() if "expert" in names]
-        idle = 1 - made.family["top_k"] / made.family["experts"]
+        nodes = [node for _, node in nnx.iter_graph(made) if isinstance(node, models.Experts)]
+        (share,) = {node.top_k / node.inner.get_value().shape[-3] for node in nodes}
+        idle = 1 - share
         active = count - idle * sum(math.prod(leaves[path].shape) for path in sparse)
         assert abs(active / (1e6 * ACTIVE[name]) - 1) < 0.02
 
