@@ -157,12 +157,9 @@ class Attention(nnx.Module):
         cache = None
         if context.cache is not None:
             cache = {
-                name: jax.lax.dynamic_update_slice_in_dim(
-                    context.cache[name], kept(new, name).astype(context.cache[name].dtype), context.cache_length,
-                    axis=KEPT[name].index(1),
-                )
+                name: _with(context.cache[name], kept(new, name), context.cache_length, axis=KEPT[name].index(1))
                 for name, new in (("key", k), ("value", v))
-            }  # fmt: skip
+            }
             k, v = (taken(cache[name], name) for name in ("key", "value"))
         bias = self._bias(q, k, bias, context)
         keys: Keys = "cache" if cache is not None else "row" if context.source is None else "memory"
@@ -243,3 +240,12 @@ class Attention(nnx.Module):
 
 def _cut(x: Float[Array, "B S H K"]) -> Float[Array, "B S H K"]:
     return constrain(x, "batch", "length", "heads", "kv")
+
+
+def _with(old: Array, new: Array, start: Any, axis: int) -> Array:
+    """What a cache has of keys or values, with new ones from a slot on."""
+    new = new.astype(old.dtype)
+    if len(old) > 1:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=axis)
+    # Of a single row XLA for CPU drops the axis of rows, and an update that still has it is no longer made in place.
+    return jax.lax.dynamic_update_slice_in_dim(old[0], new[0], start, axis=axis - 1)[None]

@@ -17,9 +17,7 @@ def xla(
     """The product for training: scores in float32 whatever the inputs; of the weights one array is kept for the gradient."""
     heads_first = lambda x: x.transpose(0, 2, 1, 3)
     if q.shape[1] == 1 and k.shape[2] < q.shape[2] and bias is None:
-        # All that a group asks at one slot it may ask as several queries of its head: keys are read once, not repeated.
-        together = q.reshape(len(q), k.shape[2], -1, q.shape[3]).swapaxes(1, 2)
-        return xla(together, k, v, view, None).swapaxes(1, 2).reshape(q.shape)
+        return _of_one_slot(q, k, v, view)
     k, v = over_heads(k, q.shape[2]), over_heads(v, q.shape[2])
     q, k, v = heads_first(q * q.shape[-1] ** -0.5), heads_first(k), heads_first(v)
     wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -27,6 +25,21 @@ def xla(
     scores = scores if bias is None else scores + bias.astype(wide)
     weights = masked_softmax(scores, view.visible[:, None]).astype(v.dtype)
     return jnp.einsum("bhqs,bhsk->bhqk", weights, v, preferred_element_type=wide).astype(v.dtype).transpose(0, 2, 1, 3)
+
+
+def _of_one_slot(
+    q: Float[Array, "B 1 H K"], k: Float[Array, "B S G K"], v: Float[Array, "B S G K"], view: View
+) -> Float[Array, "B 1 H K"]:
+    """All that a group asks at one slot, as several queries of one head: keys are read once, not repeated.
+
+    Keys and values are turned to how a cache has them, so that decoding reads them where they are.
+    """
+    asked = q.reshape(len(q), k.shape[2], -1, q.shape[3]) * q.shape[-1] ** -0.5
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bgnk,bgks->bgns", asked, k.transpose(0, 2, 3, 1), preferred_element_type=wide)
+    weights = masked_softmax(scores, view.visible[:, None]).astype(v.dtype)
+    mixed = jnp.einsum("bgns,bgsk->bgnk", weights, v.transpose(0, 2, 1, 3), preferred_element_type=wide)
+    return mixed.astype(v.dtype).reshape(q.shape)
 
 
 @jax.custom_jvp

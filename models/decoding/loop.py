@@ -105,8 +105,13 @@ class Strategy(ABC):
 
 def finish(model: Decoder, strategy: Strategy, stop: Stop, state: Any) -> Continuations:
     """Goes on from `Strategy.start` until no row is alive or all have `stop.length` tokens."""
+    # Axes of one, as of a single row, do not go around: XLA for CPU would copy the whole cache in every step for them.
+    shapes = jax.tree.map(jnp.shape, state)
+    narrow = partial(jax.tree.map, jnp.squeeze)
+    wide = lambda state: jax.tree.map(jnp.reshape, state, shapes)
     going = lambda state: (state.count < stop.length) & state.alive.any()
-    return strategy.result(stop, jax.lax.while_loop(going, partial(strategy.advance, model, stop), state))
+    step = lambda state: narrow(strategy.advance(model, stop, wide(state)))
+    return strategy.result(stop, wide(jax.lax.while_loop(going, step, narrow(state))))
 
 
 def generate(model: Decoder, prompts: Prompts, strategy: Strategy, stop: Stop, keys: jax.Array) -> Continuations:
