@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -18,10 +19,11 @@ from evaluation.reading import (
     bits,
     call_of,
     divisible,
+    named,
     opened,
     prepare,
+    ratio,
     summed,
-    with_loads,
 )
 from evaluation.unigram import count
 from models.masks import Bidirectional
@@ -80,6 +82,13 @@ class MaskedLikelihood:
             for folder in prepare(data, overwrite=overwrite, report=report)
         ]
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """See `evaluation.reading.Evaluator`."""
+        kinds = ("accuracy", "bits_per_token", "bits_per_byte")
+        ends = ("",) if self.baseline is None else ("", "/unigram")
+        return tuple(f"{self.name}/{kind}{end}" for end in ends for kind in kinds)
+
     def open(self, *, models: Build, placement: Placement, tokenizer: Any) -> Judge:
         """See `evaluation.reading.Evaluator`."""
         rows = divisible(self.batch_size, placement)
@@ -113,13 +122,17 @@ class MaskedLikelihood:
         jitted = jax.jit(score, out_shardings=placement.replicated)
 
         def judge(arrays: Any) -> Figures:
-            found, loads = summed(jitted, arrays, texts)
+            found, loads, rows = summed(jitted, arrays, texts)
             figures: dict[str, float] = {}
             for kind, suffix in (("", ""), ("unigram ", "/unigram")):
                 if f"{kind}nats" in found:
                     own = {"accuracy": found[f"{kind}hits"] / max(found["tokens"], 1.0)}
                     own |= bits(found[f"{kind}nats"], found["tokens"], found["bytes"])
                     figures |= {f"{figure}{suffix}": value for figure, value in own.items()}
-            return with_loads(self.name, figures, loads)
+            examples = {
+                "accuracy": ratio(rows, "hits", "tokens"),
+                "bits_per_token": ratio(rows, "nats", "tokens") / math.log(2),
+            }
+            return named(self.name, figures, loads, examples)
 
         return judge
