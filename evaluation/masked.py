@@ -56,6 +56,8 @@ class MaskedLikelihood:
       length, batch_size: tokens in a row, and rows judged at once.
       most_rows: rows of each source at most; None for all.
       seed: of the choice.
+      before: whether a hidden token is predicted from the state before it, as `objectives.GPTBert` trains; one that opens a
+        document's piece has none and is not counted.
       name: what the figures' names begin with.
 
     Source: "BERT", Devlin et al., 2019.
@@ -69,6 +71,7 @@ class MaskedLikelihood:
     batch_size: Count = 64
     most_rows: Count | None = None
     seed: Annotated[int, Range(0, (1 << 32) - 1)] = 0
+    before: bool = False
     name: str = "masked"
 
     def __post_init__(self):
@@ -104,7 +107,11 @@ class MaskedLikelihood:
             hide = select(batch, trunk.vocabulary, step=0, key=key)
             seen = replace(batch["tokens"], hide, trunk.vocabulary, key=key)
             segments, positions = batch["segments"], batch["positions"]
-            out = trunk(seen, segments=segments, positions=positions, mask=Bidirectional(), at=hide.positions)
+            at = hide.positions
+            if self.before:
+                hide = hide._replace(weight=hide.weight * (hide.gather(positions) > 0))
+                at = jnp.maximum(at - 1, 0)
+            out = trunk(seen, segments=segments, positions=positions, mask=Bidirectional(), at=at)
             targets = hide.gather(batch["tokens"])
             found = cross_entropy(trunk.scores(out.hidden), targets, hide.weight)
             total = lambda value: (value * hide.weight).sum(1)
