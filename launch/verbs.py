@@ -124,9 +124,7 @@ def train(
 
 @app.command()
 def sweep(
-    config: Annotated[
-        str, typer.Argument(metavar="SWEEP.gin", help="A sweep: see configs/ablations.", show_default=False)
-    ],
+    arguments: Arguments,
     out: Annotated[Path | None, typer.Option(help="The sweep's folder.", show_default="sweeps/SWEEP")] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Runs at once.", show_default="one a core, or one a GPU")
@@ -140,20 +138,22 @@ def sweep(
 ) -> int:
     """Run what differs in one thing, with several seeds, at an equal budget; run again, it goes on."""
     from launch.sweep import command
+    from launch.sweep.loading import Asked
 
-    folder = out if out is not None else Path("sweeps") / Path(config).stem
+    paths, overrides = _split(arguments)
+    asked = Asked(tuple(paths), tuple(overrides), tuple(allow_import or ()))
+    folder = out if out is not None else Path("sweeps") / Path(paths[0]).stem
     _check_folder(folder)
     if sum((dry_run, jobs, run is not None)) > 1:
         raise UserError("--dry-run, --jobs and --run are three ways: leave two out")
-    extra = allow_import or ()
     if dry_run:
-        command.dry_run(config, extra)
+        command.dry_run(asked)
     elif jobs:
-        command.jobs(config, folder, extra)
+        command.jobs(asked, folder)
     elif run is not None:
-        return command.one(config, folder, run, extra)
+        return command.one(asked, folder, run)
     else:
-        return command.local(config, folder, processes, extra)
+        return command.local(asked, folder, processes)
     return 0
 
 

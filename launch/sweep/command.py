@@ -12,7 +12,7 @@ from checkpoints.lock import held
 from launch.names import nearest
 from launch.sweep import folder
 from launch.sweep.description import Sweep
-from launch.sweep.loading import read
+from launch.sweep.loading import Asked
 from launch.sweep.planning import Planned, fingerprint, planned, resolve
 from launch.sweep.pool import Pool, workers_by_default
 from launch.sweep.queue import Queue, Run
@@ -20,13 +20,13 @@ from launch.sweep.table import table
 from partitioning.errors import UserError
 
 
-def dry_run(config: str, allow_import: Sequence[str]) -> None:
+def dry_run(asked: Asked) -> None:
     """Plans every arm, prints what each would take, and runs nothing."""
     from training.screen import say
 
-    sweep = read(config, allow_import)
-    _check(sweep, allow_import, prepare=True)
-    found = _planned(sweep, None, allow_import)
+    sweep = asked.read()
+    _check(sweep, asked.allow_import)
+    found = _planned(sweep, asked.allow_import)
     rows = [["arm", "seeds", "steps", "tokens", "FLOPs"]]
     for one in found:
         cost = one.cost
@@ -35,21 +35,20 @@ def dry_run(config: str, allow_import: Sequence[str]) -> None:
         say(line)
 
 
-def jobs(config: str, out: Path, allow_import: Sequence[str]) -> None:
+def jobs(asked: Asked, out: Path) -> None:
     """Prints a shell command for every run that is not done: a cluster's array starts them, on a shared file system."""
     from training.screen import say
 
-    sweep = read(config, allow_import)
-    _check(sweep, allow_import, prepare=True)
+    sweep = asked.read()
+    _check(sweep, asked.allow_import)
     if sweep.budget.kind != "time":
-        _planned(sweep, None, allow_import)
-    folder.claim(out, config, sweep)
-    extra = [word for name in allow_import for word in ("--allow-import", name)]
+        _planned(sweep, asked.allow_import)
+    folder.claim(out, asked.paths[0], sweep)
     for arm, seed in _waiting(sweep, out):
-        say(shlex.join(["palmette", "sweep", config, "--out", str(out), "--run", f"{arm}/{seed}", *extra]))
+        say(shlex.join(["palmette", "sweep", *asked.words(), "--out", str(out), "--run", f"{arm}/{seed}"]))
 
 
-def one(config: str, out: Path, run: str, allow_import: Sequence[str]) -> int:
+def one(asked: Asked, out: Path, run: str) -> int:
     """Does one run of a sweep, in this process.
 
     Returns:
@@ -58,23 +57,23 @@ def one(config: str, out: Path, run: str, allow_import: Sequence[str]) -> int:
     from launch.sweep import running
     from training.screen import say
 
-    sweep = read(config, allow_import)
+    sweep = asked.read()
     arms, (name, _, seed) = {arm.name: arm for arm in sweep.arms()}, run.rpartition("/")
     if name not in arms or seed not in map(str, sweep.seeds):
         known = [f"{arm}/{seed}" for arm in arms for seed in sweep.seeds]
         raise UserError(f"--run {run}: no run of this sweep, expected ARM/SEED{nearest(run, known)}")
     if not (out / "sweep.json").exists():
-        folder.claim(out, config, sweep)
+        folder.claim(out, asked.paths[0], sweep)
     end = folder.result(out, name, int(seed))
     if end is None or end["status"] != "done":
-        end = running.run(planned(sweep, arms[name], out, allow_import), int(seed), out)
+        end = running.run(planned(sweep, arms[name], out, asked.allow_import), int(seed), out)
     if end is not None and end["status"] == "failed":
         say(f"{run}: failed: {end['error']}")
         return 1
     return 0
 
 
-def local(config: str, out: Path, processes: int | None, allow_import: Sequence[str]) -> int:
+def local(asked: Asked, out: Path, processes: int | None) -> int:
     """Runs what is not done, several arms at once.
 
     Returns:
@@ -89,9 +88,9 @@ def local(config: str, out: Path, processes: int | None, allow_import: Sequence[
 
     # This process only hands out work: a device that it took would be missing to the workers.
     jax.config.update("jax_platforms", "cpu")
-    sweep = read(config, allow_import)
-    _check(sweep, allow_import, prepare=True)
-    with held(out), folder.claimed(out, config, sweep):
+    sweep = asked.read()
+    _check(sweep, asked.allow_import)
+    with held(out), folder.claimed(out, asked.paths[0], sweep):
         waiting = _waiting(sweep, out)
         total = len(sweep.arms()) * len(sweep.seeds)
         if len(waiting) < total:
@@ -99,9 +98,12 @@ def local(config: str, out: Path, processes: int | None, allow_import: Sequence[
         failed: list[str] = []
         if waiting:
             workers = min(processes or workers_by_default(len(waiting)), len(waiting))
-            with Pool(config, out, allow_import, workers) as pool:
-                signal.signal(signal.SIGTERM, lambda *_: pool.stop())
-                failed = _worked(sweep, pool, waiting, total)
+            with Pool(asked, out, workers) as pool:
+                before = signal.signal(signal.SIGTERM, lambda *_: pool.stop())
+                try:
+                    failed = _worked(sweep, pool, waiting, total)
+                finally:
+                    signal.signal(signal.SIGTERM, before)
                 if pool.stopping:
                     say(f"{out}: stopped; the same command goes on")
                     return 0
@@ -142,7 +144,7 @@ def _worked(sweep: Sweep, pool: Pool, waiting: Sequence[Run], total: int) -> lis
     return failed
 
 
-def _check(sweep: Sweep, allow_import: Sequence[str], *, prepare: bool) -> None:
+def _check(sweep: Sweep, allow_import: Sequence[str]) -> None:
     """Every arm's configuration as far as it can be read without a plan, and the data that all share.
 
     Raises:
@@ -163,7 +165,7 @@ def _check(sweep: Sweep, allow_import: Sequence[str], *, prepare: bool) -> None:
                 f"{nearest(sweep.metric[0], known)}"
             )
         reads = repr((run.data, [stage.data for stage in run.stages], evaluators))
-        if prepare and reads not in read_already:
+        if reads not in read_already:
             read_already.add(reads)
             run.prepare(report=say)
     _differ(prints)
@@ -178,11 +180,11 @@ def _differ(digests: Mapping[str, str]) -> None:
         seen[found] = arm
 
 
-def _planned(sweep: Sweep, out: Path | None, allow_import: Sequence[str]) -> list[Planned]:
+def _planned(sweep: Sweep, allow_import: Sequence[str]) -> list[Planned]:
     """Every arm's plan."""
     found = []
     for arm in sweep.arms():
-        found.append(planned(sweep, arm, out, allow_import))
+        found.append(planned(sweep, arm, None, allow_import))
         found[-1].plan.kept.clear()
     _differ({one.arm.name: one.digest for one in found})
     return found

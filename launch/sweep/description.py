@@ -138,7 +138,7 @@ class Sweep:
         names = [axis.name for axis in self.named()]
         if len({*names}) < len(names):
             raise UserError(f"two axes have one name ({', '.join(names)}): give each its own")
-        arms = {arm.name: "" for arm in self.arms()}
+        arms = [arm.name for arm in self.arms()]
         for name in (*([] if self.baseline is None else [self.baseline]), *self.expected):
             if name not in arms:
                 what = "baseline" if name == self.baseline else "expected"

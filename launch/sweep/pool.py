@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.sweep.folder import keep_result, run_folder
+from launch.sweep.loading import Asked
 from launch.sweep.queue import Queue, Run
 from partitioning.errors import UserError
 
@@ -32,22 +33,20 @@ class Worker:
     """A process of `launch.sweep.worker`.
 
     Args:
-      config, out, allow_import: what it works on.
+      asked, out: what it works on.
       cores: that it is pinned to.
       gpu: the only one that it sees; None for all.
       log: takes what is printed between runs.
     """
 
-    def __init__(
-        self, config: str, out: Path, allow_import: Sequence[str], *, cores: Sequence[int], gpu: str | None, log: Path
-    ):
-        command = [sys.executable, "-m", "launch.sweep.worker", config, str(out), ",".join(map(str, cores))]
+    def __init__(self, asked: Asked, out: Path, *, cores: Sequence[int], gpu: str | None, log: Path):
+        command = [sys.executable, "-m", "launch.sweep.worker", asked.text(), str(out), ",".join(map(str, cores))]
         environment = dict(os.environ) | {"OMP_NUM_THREADS": str(max(1, len(cores)))}
         environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         with log.open("a") as file:
             # A session of its own: Ctrl-C reaches the sweep, which asks its workers to save.
             self.process = subprocess.Popen(
-                [*command, *allow_import],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
@@ -99,15 +98,15 @@ class Pool:
     """Workers, and the threads that hand them their runs.
 
     Args:
-      config, out, allow_import: the sweep's.
+      asked, out: the sweep's.
       workers: how many.
     """
 
-    def __init__(self, config: str, out: Path, allow_import: Sequence[str], workers: int):
+    def __init__(self, asked: Asked, out: Path, workers: int):
         self.out, self.stopping, self._lock = out, False, threading.Lock()
         shares, gpus = cores(workers), visible_gpus()
         self._make = lambda i: Worker(
-            config, out, allow_import, cores=shares[i],
+            asked, out, cores=shares[i],
             gpu=gpus[i % len(gpus)] if len(gpus) > 1 else None,
             log=out / f"worker_{i}.log",
         )  # fmt: skip

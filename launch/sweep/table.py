@@ -49,9 +49,10 @@ def _beside(sweep: Mapping[str, Any], arm: str, own: Comparison) -> list[str]:
     if own.difference is None:
         return ["no seed in common", "", ""]
     words: str = own.effect
-    if arm in sweep.get("expected", {}):
-        said = verdict(own.difference, best=sweep["metric"][1], expected=sweep["expected"][arm])
-        words = f"{words}: {said}" if said != "null" else f"{words}: null"
+    if own.difference.count < 2:
+        words = "one pair says nothing"
+    elif arm in sweep.get("expected", {}):
+        words += f": {verdict(own.difference, best=sweep['metric'][1], expected=sweep['expected'][arm])}"
     p = "" if own.p is None else f"{own.p:.2g}"
     return [f"{own.difference.mean:+.4g} {_half(own.difference.half)}".strip(), p, words]
 

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import IO, Any
 
 
-def main(config: str, out: str, cores: str, *allow_import: str) -> None:
+def main(asked: str, out: str, cores: str) -> None:
     """Answers until its input ends.
 
     Args:
-      config: the sweep's.
+      asked: the sweep, as `launch.sweep.loading.Asked.text` has it.
       out: the sweep's folder.
       cores: that it is pinned to, joined with commas; empty for all.
-      allow_import: as in `launch.config.load`.
     """
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
@@ -28,9 +27,9 @@ def main(config: str, out: str, cores: str, *allow_import: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     jobs = Jobs(sys.stdin)
-    from launch.sweep.loading import read
+    from launch.sweep.loading import Asked
 
-    arms = Arms(read(config, allow_import), Path(out), allow_import)
+    arms = Arms(Asked.of(asked), Path(out))
     while (job := jobs.next()) is not None:
         answers.write(json.dumps(arms.answer(job)) + "\n")
         answers.flush()
@@ -69,9 +68,9 @@ class Jobs:
 class Arms:
     """The arms of a sweep, planned when they are first asked for."""
 
-    def __init__(self, sweep: Any, out: Path, allow_import: tuple[str, ...]):
-        self.sweep, self.out, self.allow_import = sweep, out, allow_import
-        self.arms = {arm.name: arm for arm in sweep.arms()}
+    def __init__(self, asked: Any, out: Path):
+        self.sweep, self.out, self.allow_import = asked.read(), out, asked.allow_import
+        self.arms = {arm.name: arm for arm in self.sweep.arms()}
         self.plans: dict[str, Any] = {}
         self.last = ""
 
