@@ -111,16 +111,24 @@ def planned(sweep: Sweep, arm: Arm, out: Path | None, allow_import: Sequence[str
 
 
 def cost_of(plan: Any, budget: Budget | None = None) -> Cost:
-    """What a planned run costs; its time only where the budget is one of time.
+    """What a planned run costs.
+
+    Args:
+      plan: a `training.plan.Plan`.
+      budget: what is asked for: its FLOPs or its time are worked out where it is one of these; None works out its FLOPs.
 
     Raises:
       UserError: a budget of FLOPs, and a step whose FLOPs are not known.
     """
+    from training.flops import FlopCount
     from training.loop import step_flops
 
     tokens = flops = 0.0
     for stage in plan.stages:
-        found = plan.once(("flops", stage.first), lambda stage=stage: step_flops(plan, stage))
+        # Counting traces the whole step: not for a budget that does not ask.
+        found = FlopCount(0.0)
+        if budget is None or isinstance(budget, Flops):
+            found = plan.once(("flops", stage.first), lambda stage=stage: step_flops(plan, stage))
         if isinstance(budget, Flops) and found.unbounded:
             raise UserError(
                 f"the FLOPs of its step are not known ({', '.join(found.unbounded)} loop as long as the data say): use a "
