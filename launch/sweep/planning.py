@@ -13,7 +13,7 @@ from typing import Any
 
 from launch.config import Resolved, load
 from launch.sweep import folder
-from launch.sweep.budgets import Budget, Cost, Flops, Seconds, scaled
+from launch.sweep.budgets import Budget, Cost, Flops, Seconds, Spent, scaled
 from launch.sweep.description import Arm, Sweep
 from partitioning.errors import UserError
 
@@ -123,7 +123,7 @@ def cost_of(plan: Any, budget: Budget | None = None) -> Cost:
     from training.flops import FlopCount
     from training.loop import step_flops
 
-    tokens = flops = 0.0
+    stages = []
     for stage in plan.stages:
         # Counting traces the whole step: not for a budget that does not ask.
         found = FlopCount(0.0)
@@ -135,12 +135,12 @@ def cost_of(plan: Any, budget: Budget | None = None) -> Cost:
                 "budget of Tokens or Seconds"
             )
         places = [leaf.size for name, leaf in stage.batch.items() if name.rpartition("/")[2] == "segments"]
-        tokens += stage.stage.steps * float(sum(places))
-        flops += stage.stage.steps * found.flops
+        steps = stage.stage.steps
+        stages.append(Spent(steps, steps * sum(places), steps * found.flops))
     seconds = None
     if isinstance(budget, Seconds):
         seconds = sum(stage.stage.steps * step_seconds(plan, stage) for stage in plan.stages)
-    return Cost(steps=plan.steps, tokens=tokens, flops=flops, seconds=seconds)
+    return Cost(tuple(stages), seconds)
 
 
 def step_seconds(plan: Any, stage: Any) -> float:

@@ -83,7 +83,7 @@ class Arms:
         try:
             if job["do"] == "plan":
                 planned = self.plan(job["arm"])
-                return {"digest": planned.digest, "cost": vars(planned.cost)}
+                return {"digest": planned.digest, "steps": planned.cost.steps}
             return self.run(job["arm"], job["seed"])
         except UserError as error:
             return {"refused": str(error)}
