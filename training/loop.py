@@ -18,6 +18,7 @@ from models.loads import Loads
 from objectives.draws import draws
 from partitioning import UserError
 from training.control import ControlLog
+from training.environment import keep_environment
 from training.flops import FlopCount, forward_flops, mfu, mfu_formula, peak_flops, training_flops
 from training.goodput import Goodput
 from training.hosts import Hosts
@@ -30,6 +31,7 @@ from training.programs import keep_programs
 from training.progress import Progress
 from training.run import Run
 from training.screen import console, say
+from training.spent import Spent
 from training.state import State
 from training.store import Store
 from training.unused import Unused
@@ -45,7 +47,7 @@ def train(
 
     Args:
       run: what to train.
-      out: gets `config.gin`, `checkpoints/`, `metrics.jsonl` and TensorBoard events.
+      out: gets `config.gin`, `environment.json`, `checkpoints/`, `metrics.jsonl` and TensorBoard events.
       operative: the config's text, kept beside the run.
       debug: runs without jit and stops at the first NaN.
       watch: what else to write of the run's programs.
@@ -109,7 +111,9 @@ def _trained(
     start = int(state.step)
     watch.check(done=start, steps=plan.steps)
     _keep_config(out, operative)
+    keep_environment(out, start)
     goodput.resume(out, start)
+    spent = Spent(out, start)
 
     # 3. One program a stage, all compiled before the first step; then steps.
     with (
@@ -132,7 +136,9 @@ def _trained(
                 progress.say(f"program written: {dump(program, stage.first, out)}")
         for line in plan.trees.warnings:
             progress.say(line)
-        loop = Loop(plan, store, log, writer, progress, interrupt, goodput, Hosts(out, goodput), trace, out, watch)
+        loop = Loop(
+            plan, store, log, writer, progress, interrupt, goodput, Hosts(out, goodput), trace, spent, out, watch
+        )
         for stage, program in zip(remaining, programs, strict=True):
             with goodput("step"):
                 state = loop.stage(stage, program, state)
@@ -162,6 +168,7 @@ class Loop:
     goodput: Goodput
     hosts: Hosts
     trace: Trace
+    spent: Spent
     out: Path
     watch: Watch
     figures: dict[str, float] = field(default_factory=dict)
@@ -179,7 +186,7 @@ class Loop:
         run = self.plan.run
         begin = max(stage.first, int(state.step))
         with self.goodput("compile"):
-            flops = self.plan.once(("flops", stage.first), lambda: step_flops(self.plan, stage))
+            flops = self.flops = self.plan.once(("flops", stage.first), lambda: step_flops(self.plan, stage))
         self.progress.say(mfu_formula(flops, "seconds of a step", devices=self.devices, peak=self.peak))
         self.progress.measure(lambda seconds: mfu(flops, seconds, devices=self.devices, peak=self.peak).value)
         before: tuple[int, int, Any] | None = None
@@ -208,6 +215,7 @@ class Loop:
                 # Judged before saved: whatever a checkpoint has behind it is on file.
                 found = self.evaluate(done, state) if judge else {}
                 if save:
+                    self.writer.write(done, self.spent.figures())
                     with self.goodput("checkpoint"):
                         self.store.save(state, self.log.saved(), found)
                     self.writer.write(done, self.goodput.figures())
@@ -232,6 +240,7 @@ class Loop:
     def _read(self, stage: PlannedStage, done: int, tokens: int, out: Mapping[str, Any]) -> None:
         """Reads a finished step back: the guard, the controllers, unused experts, the log."""
         run = self.plan.run
+        self.spent.add(tokens * self.shares, self.flops.flops)
         if run.guard is not None:
             with self.goodput("device"):
                 run.guard.check({"run": out["metrics"]["skipped_in_a_row"]}, step=done)
@@ -256,7 +265,7 @@ class Loop:
             )
             self.figures["loss"] = metrics["loss"]
             self.words = loads.words()
-            self.writer.write(done, metrics | loads.figures())
+            self.writer.write(done, metrics | self.spent.figures() | loads.figures())
             figures, line = self.hosts.compare()
             self.writer.write(done, self.goodput.figures() | figures)
             if line is not None:
