@@ -21,6 +21,7 @@ NAMES = (
     "mixture",
     "gpu",
     "checkpoint",
+    "report",
 )
 APART = ("chaos", "expert_parallel", "sweep")
 """Run when they are named, not with all."""

@@ -298,6 +298,40 @@ def export(
 
 
 @app.command()
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN... | SWEEP", help="Runs' folders, or one sweep's.", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Option(help="The page's file.", show_default="FOLDER/report.html")] = None,
+    csv: Annotated[Path | None, typer.Option(help="A folder for every figure and table as CSV.")] = None,
+    png: Annotated[Path | None, typer.Option(help="A folder for them as pictures; needs a Chromium.")] = None,
+    allow_import: AllowImport = None,
+) -> None:
+    """Write one HTML page of runs or of a sweep: curves, tables with intervals, examples, configuration."""
+    from launch.report.command import report as write_report
+
+    page = folders[0] / "report.html" if out is None else out
+    for line in write_report(folders, out=page, csv=csv, png=png, allow_import=allow_import or ()):
+        typer.echo(line)
+
+
+@app.command()
+def ledger(
+    sweeps: Annotated[
+        list[Path] | None, typer.Argument(metavar="SWEEP...", help="Sweeps' folders to add.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page; a summary of each sweep lies in the folder of its name.")] = Path(
+        "docs/ledger.md"
+    ),
+) -> None:
+    """Write what papers claim and what sweeps have found: figure, interval, seeds, cost and verdict."""
+    from launch.report.ledger import ledger as write_ledger
+
+    for line in write_ledger(sweeps or [], out):
+        typer.echo(line)
+
+
+@app.command()
 def config(arguments: Arguments, allow_import: AllowImport = None) -> None:
     """Print the whole resolved configuration, and what may be overridden."""
     resolved = _resolve(arguments, allow_import)

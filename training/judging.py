@@ -139,16 +139,25 @@ def evaluate(plan: Plan, out: Path, say: Callable[[str], None]) -> dict[str, Any
     return arrays(figures)
 
 
-def restore(run: Any, out: Path) -> tuple[Any, Any]:
-    """The trunk of a run's newest complete checkpoint, on one device, and its tokenizer.
+def restored(run: Any, out: Path) -> tuple[Plan, dict[str, Any]]:
+    """The plan of a run on one device, whatever mesh it was trained on, and its newest complete checkpoint's leaves.
 
     Args:
-      run: the run, whatever mesh it was trained on.
+      run: the run.
       out: its folder.
+
+    Returns:
+      The plan, and the leaves under `params` (averaged where the run averages), `frozen` and `buffers`.
 
     Raises:
       UserError: no complete checkpoint of this run.
     """
     plan = replace(run, rules=data_parallel()).plan(jax.local_devices()[:1])
     _, values = Store(plan, str(out / "checkpoints")).values()
+    return plan, values
+
+
+def restore(run: Any, out: Path) -> tuple[Any, Any]:
+    """The trunk of a run's newest complete checkpoint, on one device, and its tokenizer; see `restored`."""
+    plan, values = restored(run, out)
     return plan.trees.models(**values).module("trunk"), plan.tokenizer
