@@ -11,7 +11,9 @@ from launch.report.run_folder import AXES, JUDGED, Curve, RunFolder
 
 MOST = 1000
 """Points of a curve; of longer ones every so manieth is drawn."""
-OVER = "Over steps, tokens, FLOPs or seconds of training (steps and waiting for data), as chosen above."
+OVER = (
+    "Over steps, tokens (without padding), FLOPs or seconds of training (steps and waiting for data), as chosen above."
+)
 
 
 def judged(runs: Sequence[RunFolder]) -> list[str]:

@@ -15,8 +15,7 @@ def number(value: float | None, digits: int = 4) -> str:
         return f"{int(value):,}".replace("-", "−")
     if abs(value) >= 1e7 or abs(value) < 1e-4:
         return f"{value:.{digits - 1}e}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-").replace("-", "−")
-    whole = len(str(int(abs(value))))
-    return f"{value:,.{max(digits - whole, 0)}f}".replace("-", "−")
+    return f"{value:,.{max(digits - 1 - math.floor(math.log10(abs(value))), 0)}f}".replace("-", "−")
 
 
 def spread(interval: Interval) -> str:

@@ -22,7 +22,14 @@ from partitioning.errors import UserError
 MARKS = {"better": "▲ better", "worse": "▼ worse", "within noise": "◇ within noise"}
 BUDGETS = {"tokens": "tokens", "flops": "FLOPs", "time": "seconds"}
 SHARES = (0.25, 0.5, 0.75, 1.0)
-SPENT = {"start": "start", "compile": "compilation", "train": "training", "evaluate": "evaluation"}
+SPENT = {
+    "start": "start",
+    "compile": "compilation",
+    "train": "training",
+    "evaluate": "evaluation",
+    "checkpoint": "checkpoints",
+    "lost": "lost to restarts",
+}
 
 
 def sections(sweep: SweepFolder) -> list[Section]:
@@ -59,7 +66,8 @@ def _arms(sweep: SweepFolder) -> Section:
     caption = (
         f"Each arm's mean ± half its 95 % interval (Student's, over seeds), and its difference from {sweep.baseline} paired by "
         f"seed, with an interval that holds for all {several} differences at once (Bonferroni's); p of the paired t-test, "
-        "corrected by Holm. An interval that holds 0 is called noise."
+        "corrected by Holm. The finding goes by the interval, the stricter of the two: one that holds 0 is noise. Tokens and FLOPs "
+        "are those of a run as the sweep counts them, padding included."
     )
     parts: list[Any] = [Table("comparison", caption, head, rows, words=[4]), _means(sweep, compared)]
     ended = [(arm, seed, trial) for arm in sweep.arms for seed, trial in arm.trials.items()]
@@ -172,18 +180,19 @@ def _time(sweep: SweepFolder) -> Section:
         done = [trial.seconds for trial in arm.done() if trial.seconds]
         if done:
             means[arm.name] = {kind: sum(float(s.get(kind, 0)) for s in done) / len(done) for kind in SPENT}
+    kinds = {kind: words for kind, words in SPENT.items() if any(own[kind] > 0 for own in means.values())}
     for name, own in means.items():
         whole = max(sum(own.values()), 1e-9)
         arm = next(arm for arm in sweep.arms if arm.name == name)
         speed = (arm.mean("tokens") or 0.0) / own["train"] if own["train"] else None
-        rows.append([name, number(whole), *(f"{100 * own[kind] / whole:.1f}%" for kind in SPENT), number(speed)])
+        rows.append([name, number(whole), *(f"{100 * own[kind] / whole:.1f}%" for kind in kinds), number(speed)])
     if not rows:
         return Section("time", "Time", ["No run has said where its time went."])
-    head = ["arm", "seconds a run", *SPENT.values(), "tokens a second of training"]
+    head = ["arm", "seconds a run", *kinds.values(), "tokens a second of training"]
     caption = "Where the time of an arm's runs went, on average over seeds."
     bars = [
         Series(words, {"run": list(means)}, [own[kind] / max(sum(own.values()), 1e-9) for own in means.values()])
-        for kind, words in SPENT.items()
+        for kind, words in kinds.items()
     ]
     told = "Shares of the time of an arm's runs."
     figure = Figure("goodput", "Where the time went", told, "shares", "share of the time", bars)
