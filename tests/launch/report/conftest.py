@@ -1,4 +1,4 @@
-"""A browser, a made-up sweep, and a tiny run that does all that a page may show."""
+"""A browser, a made-up sweep, and a tiny run that does all that examples may show."""
 
 import json
 import textwrap
@@ -89,9 +89,6 @@ models.Trunk.width = 16
 models.Trunk.layers = 1
 models.Trunk.mixer = @models.Attention
 models.Attention.heads = 2
-models.Trunk.feed_forward = @models.Experts
-models.Experts.experts = 3
-models.Experts.hidden = 16
 training.Run.objective = @objectives.GPTBert()
 objectives.GPTBert.ratio = 0.5
 training.Run.optimizer = @training.AdamW()
@@ -113,7 +110,7 @@ evaluation.Retrieval.batch_size = 8
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """Four steps of a mixture that fills masks, writes on and is judged by a search."""
+    """Four steps of a model that fills masks, writes on and is judged by a search."""
     from launch.config import load
 
     base = tmp_path_factory.mktemp("runs")

@@ -22,7 +22,6 @@ def test_a_run_from_inside(run, visit, tmp_path):
     sections = [*run_page.sections([folder]), *inside([folder], ())]
     parts = {part.name: part for section in sections for part in section.parts}
     last_figures(run, parts)
-    loads(run, parts)
     fillings(run, parts)
     texts_and_documents(parts)
     hidden_places(run, parts)
@@ -35,28 +34,14 @@ def column(table, name):
 
 
 def last_figures(run, parts):
-    """They are the evaluations of the checkpoint."""
-    value = load([str(run / "config.gin")]).value
-    again = {name: v for name, v in value.evaluate(run).items() if isinstance(v, float)}
+    """They are the last lines of the metrics."""
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = {name: value for row in logged if row["step"] == 4 for name, value in row.items()}
     shown = column(parts["last-figures"], "tiny")
-    for name, figure in again.items():
-        if "experts/" not in name:
-            assert float(shown[name]) == pytest.approx(figure, rel=1e-3)
-    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    spent = [row["spent/tokens"] for row in logged if "spent/tokens" in row]
-    assert int(shown["tokens spent"].replace(",", "")) == spent[-1] > 0
+    for name in ("loss", "evaluation/masked/bits_per_token", "evaluation/retrieval/ndcg@10"):
+        assert float(shown[name.removeprefix("evaluation/")]) == pytest.approx(last[name], rel=1e-3)
+    assert int(shown["tokens spent"].replace(",", "")) == last["spent/tokens"] > 0
     assert shown["step"] == "4"
-
-
-def loads(run, parts):
-    """By layer and expert, and their evenness; a share is drawn as a bar."""
-    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    (load,) = [row["experts/trunk/layers/0/load"] for row in logged if row["step"] == 4 and "loss" in row]
-    table = parts["load-tiny-experts"]
-    (row,) = table.rows
-    assert [float(cell[:-1]) / 100 for cell in row[3:]] == pytest.approx(load, abs=1e-3)
-    assert float(row[1]) == pytest.approx(-sum(p * np.log(p) for p in load if p) / np.log(3), abs=1e-3)
-    assert [table.width(0, at) for at in (3, 4, 5)] == pytest.approx([100 * p / max(load) for p in load], abs=0.2)
 
 
 def fillings(run, parts):
@@ -121,7 +106,7 @@ def in_a_browser(sections, visit, tmp_path):
         page.set_viewport_size({"width": width, "height": 800})
         page.wait_for_function("innerWidth >= document.documentElement.scrollWidth")
     assert page.eval_on_selector_all("section", "all => all.map(s => s.id)") == [
-        "figures", "curves", "time", "experts", "configuration", "environment", "examples", "hidden",
+        "figures", "curves", "time", "configuration", "environment", "examples", "hidden",
     ]  # fmt: skip
     borders = "all => [...new Set(all.map(m => m.className + getComputedStyle(m).borderBottom))]"
     found = page.eval_on_selector_all("mark", borders)

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.report import made_up
 from launch.report import run_page
 from launch.report.command import report
+from launch.report.experts import experts
 from launch.report.run_folder import RunFolder
 
 
@@ -88,3 +89,22 @@ def test_scores_of_examples_have_a_bootstrap_interval(run, tmp_path):
     low, high = map(float, interval.split(" to "))
     assert float(mean) == pytest.approx(scores.mean(), abs=1e-3)
     assert high - low == pytest.approx(2 * 1.96 * scores.std() / 20, rel=0.1)
+
+
+def test_loads_of_experts_are_those_of_the_last_step(run, tmp_path):
+    """By layer and expert in the layers' order, and their evenness; a share is drawn as a bar."""
+    shutil.copytree(run, tmp_path / "run")
+    loads = {"trunk/layers/10": [0.2, 0.8, 0.0], "trunk/layers/2": [0.3, 0.3, 0.4]}
+    last = {f"experts/{layer}/load": load for layer, load in loads.items()} | {"experts/trunk/entropy": 0.6}
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 39, "experts/trunk/layers/2/load": [1.0, 0.0, 0.0]}) + "\n")
+        file.write(json.dumps({"step": 40, **last}) + "\n")
+    section = experts([RunFolder.read(tmp_path / "run")])
+    table, entropy = section.parts
+    assert [row[0] for row in table.rows] == ["trunk/layers/2", "trunk/layers/10"]
+    assert table.rows[1][3:] == ["20.0%", "80.0%", "0.0%"]
+    even = -(0.2 * np.log(0.2) + 0.8 * np.log(0.8)) / np.log(3)
+    assert (float(table.rows[1][1]), table.rows[1][2]) == (pytest.approx(even, abs=1e-4), "2.400")
+    assert [table.width(1, at) for at in (3, 4, 5)] == pytest.approx([25, 100, 0])
+    assert entropy.series[0].y == [0.6]
+    assert experts([RunFolder.read(run)]) is None
