@@ -139,9 +139,7 @@ class SweepFolder:
         """A figure by arm and seed, of what ended well; the metric by default."""
         figure = self.metric if figure is None else figure
         found = {
-            arm.name: {
-                s: float(t.figures[figure]) for s, t in arm.trials.items() if t.state == "done" and figure in t.figures
-            }
+            arm.name: {s: float(t.figures[figure]) for s, t in arm.trials.items() if figure in t.figures}
             for arm in self.arms
         }
         return {name: by_seed for name, by_seed in found.items() if by_seed}
