@@ -5,10 +5,14 @@ import os
 import stat
 
 import pytest
+from PIL import Image
 
 from benchmarks.report import made_up
 from launch import cli
+from launch.report.browser import chromium, write_png
 from launch.report.command import report
+from launch.report.page import rendered, write
+from launch.report.parts import Section, Table
 from partitioning.errors import UserError
 
 ROW = json.dumps({"step": 1, "loss": 2.0}) + "\n"
@@ -108,3 +112,16 @@ def test_pictures_of_every_figure_and_table(sweep, tmp_path):
     for name, picture in pictures.items():
         assert picture[:8] == b"\x89PNG\r\n\x1a\n", name
         assert int.from_bytes(picture[16:20]) > 600, name
+
+
+def test_a_picture_has_all_of_a_wide_table(tmp_path):
+    """Its last column too, which on the page is scrolled to."""
+    columns = [f"column {i}" for i in range(60)]
+    wide = Table("wide", "Sixty columns.", columns, [["1234567"] * 60])
+    page = write(tmp_path / "page.html", rendered("wide", "a run", [Section("s", "S", parts=[wide])]))
+    (path,) = write_png(chromium(), page, tmp_path, [Section("s", "S", parts=[wide])])
+    with Image.open(path) as picture:
+        last = picture.convert("L").crop((picture.width - 150, 0, picture.width - 40, picture.height))
+        low, high = last.getextrema()
+    assert picture.width > 2 * 60 * 80
+    assert high - low > 150, "dark digits on light ground"
