@@ -10,7 +10,7 @@ RUN ?= runs/quickstart
 # No accelerator is asked for where one is not: tests run on eight fake CPU devices.
 TEST_ENV := JAX_PLATFORMS=cpu
 
-.PHONY: install lint test test-all test-pods quickstart bench chaos clean
+.PHONY: install lint browser test test-all test-pods quickstart bench chaos clean
 
 install: $(STAMP)
 
@@ -27,13 +27,21 @@ lint: $(STAMP)
 	$(BIN)/mypy $(PACKAGES)
 	$(TEST_ENV) $(BIN)/python -m pytest tests/test_house.py
 
+# Pages are tested in a headless Chromium.
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable chrome
+browser:
+	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; \
+	else echo 'make test: none of $(BROWSERS) is on PATH: install one (Debian: apt-get install chromium)' >&2; exit 2; fi
+
 # With libtpu's compiler, and without `transformers`.
-test: lint
+test: lint browser
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[tpu]'
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m 'not long'
 
 # The long tests too, against `transformers` itself and libtpu's compiler, and the other end of the supported stack: the newest Python with the newest jax.
-test-all: lint
+test-all: lint browser
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity,data,tpu]'
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
 	@python3.13 -c '' 2>/dev/null || { echo 'make test-all: python3.13 does not start, expected one on PATH: it runs the suite with jax 0.12' >&2; exit 2; }

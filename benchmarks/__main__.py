@@ -21,8 +21,9 @@ NAMES = (
     "mixture",
     "gpu",
     "checkpoint",
+    "report",
 )
-APART = ("chaos", "expert_parallel")
+APART = ("chaos", "expert_parallel", "sweep")
 """Run when they are named, not with all."""
 
 

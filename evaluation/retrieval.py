@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from data.example_rows import text_batch
 from data.retrieval import Retrieval as Collection
 from data.retrieval import python_search
 from evaluation.ndcg import ndcg
-from evaluation.reading import Build, Figures, Judge, divisible
+from evaluation.reading import Build, Figures, Judge, divisible, named
 from evaluation.search import top
 from models.pooling import Pooling
 from objectives.embedding import embed
@@ -24,6 +24,24 @@ from partitioning.ranges import Range, check_fields
 
 Count = Annotated[int, Range(1, 1 << 30)]
 FIELDS = ("tokens", "segments", "positions")
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Documents of each query, best first.
+
+    Args:
+      collection: what was searched.
+      queries, documents: identities of the rows of `numbers`, and of what its numbers count.
+      scores: inner products.
+      numbers: of documents.
+    """
+
+    collection: Collection
+    queries: Sequence[str]
+    documents: Sequence[str]
+    scores: Float[np.ndarray, "Q k"]
+    numbers: Int[np.ndarray, "Q k"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +85,28 @@ class Retrieval:
         """Nothing to prepare: a collection is tokenised when it is searched."""
         return []
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """See `evaluation.reading.Evaluator`."""
+        return (f"{self.name}/ndcg@{self.k}",)
+
     def open(self, *, models: Build, placement: Placement, tokenizer: Any) -> Judge:
         """See `evaluation.reading.Evaluator`."""
+        search = self.search(models=models, placement=placement, tokenizer=tokenizer)
+
+        def judge(arrays: Any) -> Figures:
+            found = search(arrays)
+            gains = [
+                ndcg([found.documents[n] for n in row], found.collection.qrels[query], self.k)
+                for query, row in zip(found.queries, found.numbers, strict=True)
+            ]
+            measure = f"ndcg@{self.k}"
+            return named(self.name, {measure: float(np.mean(gains))}, examples={measure: np.array(gains)})
+
+        return judge
+
+    def search(self, *, models: Build, placement: Placement, tokenizer: Any) -> Callable[[Any], Found]:
+        """Readies the search of all queries: a function from the leaves that `open`'s judges to the k best documents."""
         collection = python_search(self.split) if self.folder is None else Collection.load(self.folder, self.split)
         if not collection.queries:
             raise UserError(f"{self.folder or 'python_search'}: no query has a judged document in split {self.split!r}")
@@ -103,14 +141,9 @@ class Retrieval:
 
         ids, queries = list(collection.corpus), list(collection.queries)
 
-        def judge(arrays: Any) -> Figures:
+        def search(arrays: Any) -> Found:
             documents = encode(arrays, [collection.corpus[i] for i in ids])
             asked = encode(arrays, [collection.queries[q] for q in queries])
-            _, numbers = top(asked, documents, self.k)
-            gains = [
-                ndcg([ids[n] for n in row], collection.qrels[query], self.k)
-                for query, row in zip(queries, numbers, strict=True)
-            ]
-            return {f"{self.name}/ndcg@{self.k}": float(np.mean(gains))}
+            return Found(collection, queries, ids, *top(asked, documents, self.k))
 
-        return judge
+        return search

@@ -88,7 +88,12 @@ class _Plain(config_parser.ParserDelegate):
         return Macro(macro_name)
 
 
-def _statements(text: str, file: str, override: str | None = None) -> Iterator[Any]:
+def statements(text: str, file: str, override: str | None = None) -> Iterator[Any]:
+    """The statements of a text, includes as (file, place).
+
+    Errors: UserError where it does not parse.
+    """
+
     def where(line: int) -> Where:
         return Where(file, line, override)
 
@@ -176,14 +181,14 @@ def read(name: str, *, beside: str | None = None, above: tuple[Path, ...] = ()) 
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    statements: list[Import | Binding | Source] = []
+    found: list[Import | Binding | Source] = []
     dynamic = False
     seen: dict[tuple, Where] = {}
-    for statement in _statements(text, str(path)):
+    for statement in statements(text, str(path)):
         if isinstance(statement, tuple):
             included, place = statement
             try:
-                statements.append(read(included, beside=str(path), above=(*above, path.resolve())))
+                found.append(read(included, beside=str(path), above=(*above, path.resolve())))
             except UserError as error:
                 if str(error).startswith(f"{included}:"):
                     raise UserError(f"{place}: includes {error}") from None
@@ -202,8 +207,8 @@ def read(name: str, *, beside: str | None = None, above: tuple[Path, ...] = ()) 
                     f"{statement.where}: {written(statement)} is bound on line {seen[key].line} already: keep one"
                 )
             seen[key] = statement.where
-        statements.append(statement)
-    return Source(str(path), tuple(statements))
+        found.append(statement)
+    return Source(str(path), tuple(found))
 
 
 def written(binding: Binding) -> str:
@@ -216,7 +221,7 @@ def override(text: str) -> Binding:
 
     Errors: UserError for anything but exactly one binding.
     """
-    found = list(_statements(text, "", text))
+    found = list(statements(text, "", text))
     if len(found) != 1 or not isinstance(found[0], Binding):
         raise UserError(f"override {text!r}: expected one binding such as `Run.steps = 100`")
     return found[0]

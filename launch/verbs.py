@@ -123,6 +123,41 @@ def train(
 
 
 @app.command()
+def sweep(
+    arguments: Arguments,
+    out: Annotated[Path | None, typer.Option(help="The sweep's folder.", show_default="sweeps/SWEEP")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Runs at once.", show_default="one a core, or one a GPU")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan every arm and count; train nothing.")] = False,
+    jobs: Annotated[bool, typer.Option("--jobs", help="Print a shell command a run, for a cluster.")] = False,
+    run: Annotated[
+        str | None, typer.Option(metavar="ARM/SEED", help="Do this run only, in this process.", show_default=False)
+    ] = None,
+    allow_import: AllowImport = None,
+) -> int:
+    """Run what differs in one thing, with several seeds, at an equal budget; run again, it goes on."""
+    from launch.sweep import command
+    from launch.sweep.loading import Asked
+
+    paths, overrides = _split(arguments)
+    asked = Asked(tuple(paths), tuple(overrides), tuple(allow_import or ()))
+    folder = out if out is not None else Path("sweeps") / Path(paths[0]).stem
+    _check_folder(folder)
+    if sum((dry_run, jobs, run is not None)) > 1:
+        raise UserError("--dry-run, --jobs and --run are three ways: leave two out")
+    if dry_run:
+        command.dry_run(asked)
+    elif jobs:
+        command.jobs(asked, folder)
+    elif run is not None:
+        return command.one(asked, folder, run)
+    else:
+        return command.local(asked, folder, processes)
+    return 0
+
+
+@app.command()
 def plan(
     arguments: Arguments,
     topology: Annotated[str, typer.Option(help="TPU chips, such as v5p:8x8x8.", show_default=False)],
@@ -259,6 +294,40 @@ def export(
     if to != "hf":
         raise UserError(f"--to {to}: expected hf")
     for line in exported(_saved(run, allow_import).value, run, out):
+        typer.echo(line)
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN... | SWEEP", help="Runs' folders, or one sweep's.", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Option(help="The page's file.", show_default="FOLDER/report.html")] = None,
+    csv: Annotated[Path | None, typer.Option(help="A folder for every figure and table as CSV.")] = None,
+    png: Annotated[Path | None, typer.Option(help="A folder for them as pictures; needs a Chromium.")] = None,
+    allow_import: AllowImport = None,
+) -> None:
+    """Write one HTML page of runs or of a sweep: curves, tables with intervals, examples, configuration."""
+    from launch.report.command import report as write_report
+
+    page = folders[0] / "report.html" if out is None else out
+    for line in write_report(folders, out=page, csv=csv, png=png, allow_import=allow_import or ()):
+        typer.echo(line)
+
+
+@app.command()
+def ledger(
+    sweeps: Annotated[
+        list[Path] | None, typer.Argument(metavar="SWEEP...", help="Sweeps' folders to add.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page; a summary of each sweep lies in the folder of its name.")] = Path(
+        "docs/ledger.md"
+    ),
+) -> None:
+    """Write what papers claim and what sweeps have found: figure, interval, seeds, cost and verdict."""
+    from launch.report.ledger import ledger as write_ledger
+
+    for line in write_ledger(sweeps or [], out):
         typer.echo(line)
 
 

@@ -18,18 +18,20 @@ from models.loads import Loads
 from objectives.draws import draws
 from partitioning import UserError
 from training.control import ControlLog
+from training.environment import keep_environment
 from training.flops import FlopCount, forward_flops, mfu, mfu_formula, peak_flops, training_flops
 from training.goodput import Goodput
 from training.hosts import Hosts
 from training.init_from import keep_report
 from training.interrupt import Interrupt
-from training.judging import arrays, judged, lines, numbers, open_judges, values_of
+from training.judging import arrays, judged, lines, numbers, open_judges, values_of, write_examples
 from training.metrics import MetricWriter
 from training.plan import Plan, PlannedStage
 from training.programs import keep_programs
 from training.progress import Progress
 from training.run import Run
 from training.screen import console, say
+from training.spent import Spent
 from training.state import State
 from training.store import Store
 from training.unused import Unused
@@ -45,7 +47,7 @@ def train(
 
     Args:
       run: what to train.
-      out: gets `config.gin`, `checkpoints/`, `metrics.jsonl` and TensorBoard events.
+      out: gets `config.gin`, `environment.json`, `checkpoints/`, `metrics.jsonl` and TensorBoard events.
       operative: the config's text, kept beside the run.
       debug: runs without jit and stops at the first NaN.
       watch: what else to write of the run's programs.
@@ -58,10 +60,35 @@ def train(
         steps in a row.
     """
     # 1. The plan: every check that needs no device memory.
-    watch, goodput = Watch() if watch is None else watch, Goodput()
+    goodput = Goodput()
     keep_programs()
-    plan = run.plan()
+    return follow(run.plan(), out, operative=operative, debug=debug, watch=watch, goodput=goodput)
+
+
+def follow(
+    plan: Plan,
+    out: Path,
+    *,
+    operative: str = "",
+    debug: bool = False,
+    watch: Watch | None = None,
+    goodput: Goodput | None = None,
+) -> dict[str, float]:
+    """Trains as planned; what this plan, or one of another seed, has compiled before is not compiled again.
+
+    Args:
+      plan: of the run.
+      out, operative, debug, watch: as in `train`.
+      goodput: has counted since the start; None for one that begins now.
+
+    Returns:
+      As `train`.
+
+    Raises:
+      UserError: as `train`.
+    """
     store = Store(plan, str(out / "checkpoints"))
+    watch, goodput = Watch() if watch is None else watch, Goodput() if goodput is None else goodput
     with held(out):
         return _trained(plan, store, out, operative, debug, watch, goodput)
 
@@ -84,7 +111,9 @@ def _trained(
     start = int(state.step)
     watch.check(done=start, steps=plan.steps)
     _keep_config(out, operative)
+    keep_environment(out, start)
     goodput.resume(out, start)
+    spent = Spent(out, start)
 
     # 3. One program a stage, all compiled before the first step; then steps.
     with (
@@ -107,7 +136,9 @@ def _trained(
                 progress.say(f"program written: {dump(program, stage.first, out)}")
         for line in plan.trees.warnings:
             progress.say(line)
-        loop = Loop(plan, store, log, writer, progress, interrupt, goodput, Hosts(out, goodput), trace)
+        loop = Loop(
+            plan, store, log, writer, progress, interrupt, goodput, Hosts(out, goodput), trace, spent, out, watch
+        )
         for stage, program in zip(remaining, programs, strict=True):
             with goodput("step"):
                 state = loop.stage(stage, program, state)
@@ -137,12 +168,15 @@ class Loop:
     goodput: Goodput
     hosts: Hosts
     trace: Trace
+    spent: Spent
+    out: Path
+    watch: Watch
     figures: dict[str, float] = field(default_factory=dict)
     words: str = ""
     stopped: bool = False
 
     def __post_init__(self):
-        self.judges = open_judges(self.plan)
+        self.judges = self.plan.once("judges", lambda: open_judges(self.plan))
         self.unused = Unused(self.plan.run.unused_after)
         self.share, self.shares = self.plan.placement.share
         self.devices, self.peak = self.plan.placement.mesh.size, peak_flops(self.plan.placement.mesh.devices.flat[0])
@@ -152,7 +186,7 @@ class Loop:
         run = self.plan.run
         begin = max(stage.first, int(state.step))
         with self.goodput("compile"):
-            flops = step_flops(self.plan, stage)
+            flops = self.flops = self.plan.once(("flops", stage.first), lambda: step_flops(self.plan, stage))
         self.progress.say(mfu_formula(flops, "seconds of a step", devices=self.devices, peak=self.peak))
         self.progress.measure(lambda seconds: mfu(flops, seconds, devices=self.devices, peak=self.peak).value)
         before: tuple[int, int, Any] | None = None
@@ -181,6 +215,7 @@ class Loop:
                 # Judged before saved: whatever a checkpoint has behind it is on file.
                 found = self.evaluate(done, state) if judge else {}
                 if save:
+                    self.writer.write(done, self.spent.figures())
                     with self.goodput("checkpoint"):
                         self.store.save(state, self.log.saved(), found)
                     self.writer.write(done, self.goodput.figures())
@@ -205,6 +240,7 @@ class Loop:
     def _read(self, stage: PlannedStage, done: int, tokens: int, out: Mapping[str, Any]) -> None:
         """Reads a finished step back: the guard, the controllers, unused experts, the log."""
         run = self.plan.run
+        self.spent.add(tokens * self.shares, self.flops.flops)
         if run.guard is not None:
             with self.goodput("device"):
                 run.guard.check({"run": out["metrics"]["skipped_in_a_row"]}, step=done)
@@ -229,7 +265,7 @@ class Loop:
             )
             self.figures["loss"] = metrics["loss"]
             self.words = loads.words()
-            self.writer.write(done, metrics | loads.figures())
+            self.writer.write(done, metrics | self.spent.figures() | loads.figures())
             figures, line = self.hosts.compare()
             self.writer.write(done, self.goodput.figures() | figures)
             if line is not None:
@@ -240,7 +276,10 @@ class Loop:
     def evaluate(self, done: int, state: State) -> dict[str, float]:
         """Runs the evaluators, and puts their figures on file and on screen."""
         with self.goodput("evaluation"):
-            found = judged(self.judges, values_of(self.plan, state))
+            examples: dict[str, Any] = {}
+            found = judged(self.judges, values_of(self.plan, state), examples)
+            if self.watch.examples and done == self.plan.steps and not jax.process_index():
+                write_examples(self.out / "examples.json", examples)
         self.figures |= (scalars := numbers(found))
         self.writer.write(done, {f"evaluation/{name}": value for name, value in arrays(found).items()})
         for line in lines(found):
@@ -269,7 +308,7 @@ def step_flops(plan: Plan, stage: PlannedStage) -> FlopCount:
 
 
 def _compiled(plan: Plan, stage: PlannedStage, say: Callable[[str], None]) -> Any:
-    program = plan.compile(stage)
+    program = plan.once(("step", stage.first), lambda: plan.compile(stage))
     memory = program.memory_analysis()
     if memory is not None:
         parts = (("arguments", memory.argument_size_in_bytes), ("temporaries", memory.temp_size_in_bytes))
