@@ -34,7 +34,7 @@ test: lint
 
 # The long tests too, against `transformers` itself and libtpu's compiler, and the other end of the supported stack: the newest Python with the newest jax.
 test-all: lint
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity,data,tpu]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity,data,tpu,wandb]'
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
 	@python3.13 -c '' 2>/dev/null || { echo 'make test-all: python3.13 does not start, expected one on PATH: it runs the suite with jax 0.12' >&2; exit 2; }
 	$(MAKE) VENV=.venv313 PYTHON=python3.13 install

@@ -45,7 +45,7 @@ def train(
 
     Args:
       run: what to train.
-      out: gets `config.gin`, `checkpoints/`, `metrics.jsonl` and TensorBoard events.
+      out: gets `config.gin`, `checkpoints/`, `metrics.jsonl` and what its boards write.
       operative: the config's text, kept beside the run.
       debug: runs without jit and stops at the first NaN.
       watch: what else to write of the run's programs.
@@ -62,6 +62,9 @@ def train(
     keep_programs()
     plan = run.plan()
     store = Store(plan, str(out / "checkpoints"))
+    if jax.process_index() == 0:
+        for board in run.shown():
+            board.check()
     with held(out):
         return _trained(plan, store, out, operative, debug, watch, goodput)
 
@@ -89,7 +92,7 @@ def _trained(
     # 3. One program a stage, all compiled before the first step; then steps.
     with (
         store.checkpoints,
-        MetricWriter(out, step=start) as writer,
+        MetricWriter(out, step=start, boards=run.shown()) as writer,
         Progress(plan.steps, done=start, checkpoint_every=run.checkpoint_every, console=console()) as progress,
         Interrupt() as interrupt,
         Trace(watch, out) as trace,
@@ -97,6 +100,8 @@ def _trained(
     ):
         if not start:
             store.start(state)
+            if operative:
+                writer.text("config", operative)
         remaining = [stage for stage in plan.stages if stage.last > start]
         with goodput("compile"):
             programs = [_debugged(stage) if debug else _compiled(plan, stage, progress.say) for stage in remaining]
