@@ -10,7 +10,7 @@ RUN ?= runs/quickstart
 # No accelerator is asked for where one is not: tests run on eight fake CPU devices.
 TEST_ENV := JAX_PLATFORMS=cpu
 
-.PHONY: install lint test test-all test-pods quickstart bench chaos clean
+.PHONY: install lint test test-all test-pods quickstart docs bench chaos clean
 
 install: $(STAMP)
 
@@ -58,6 +58,11 @@ quickstart: $(STAMP)
 	@echo 'run:         $(RUN)'
 	@echo 'TensorBoard: $(BIN)/tensorboard --logdir $(RUN)'
 	@echo 'checkpoints: $(RUN)/checkpoints'
+
+# The site, in site/: open site/index.html. A link that leads nowhere is an error.
+docs: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m docs.generator
+	$(BIN)/zensical build --strict --clean
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity]'
