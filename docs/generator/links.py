@@ -69,11 +69,17 @@ def _prose(page: str, text: str, places: Mapping[str, str], root: Path) -> str:
     for i, line in enumerate(lines):
         if line.startswith(("#", "    ", "???")):
             continue
-        line = re.sub(r"(?<![\[`])`((?:data|models|objectives|training|evaluation|partitioning)\.\w+)(?:\(\))?`", method, line)
+        line = re.sub(
+            r"(?<![\[`])`((?:data|models|objectives|training|evaluation|partitioning)\.\w+)(?:\(\))?`", method, line
+        )
         line = re.sub(r"(?<![\[/\w`])(`configs/[\w/]+\.gin`|configs/[\w/]+\.gin)(?![\w`])", config, line)
         line = re.sub(
             r"(?<![\[/\w`(])docs/(\w+\.md)",
-            lambda found: f"[{found[1].removesuffix('.md')}]({to(found[1])})" if (root / "docs" / found[1]).is_file() else found[0],
+            lambda found: (
+                f"[{found[1].removesuffix('.md')}]({to(found[1])})"
+                if (root / "docs" / found[1]).is_file()
+                else found[0]
+            ),
             line,
         )
         lines[i] = line

@@ -186,7 +186,9 @@ def method_pages(found: Sequence[Entry]) -> dict[str, str]:
         index += ["", f"## [{family.title}]({family.page}.md)", "", "| | |", "|---|---|"]
         for entry in own:
             lines += _entry(entry, uses)
-            index.append(f"| [`{entry.name}`]({entry.place.removeprefix('methods/')}) | {cell(_paragraphs(entry)[0])} |")
+            index.append(
+                f"| [`{entry.name}`]({entry.place.removeprefix('methods/')}) | {cell(_paragraphs(entry)[0])} |"
+            )
         pages[f"methods/{family.page}.md"] = "\n".join(lines) + "\n"
     return {"methods/index.md": "\n".join(index) + "\n"} | pages
 
@@ -211,7 +213,9 @@ def _entry(entry: Entry, uses: dict[str, list[str]]) -> list[str]:
     for paragraph in _paragraphs(entry):
         lines += ["", *_section(paragraph)]
     if used := uses.get(entry.name):
-        links = ", ".join(f"[{path.removeprefix('configs/').removesuffix('.gin')}](../configs.md#{anchor(path)})" for path in used)
+        links = ", ".join(
+            f"[{path.removeprefix('configs/').removesuffix('.gin')}](../configs.md#{anchor(path)})" for path in used
+        )
         lines += ["", f"Configs: {links}"]
     return [*lines, "", f"Code: `{entry.file}`"]
 
@@ -249,7 +253,9 @@ def _call(entry: Entry) -> str:
         for field in (dataclasses.fields(entry.value) if dataclasses.is_dataclass(entry.value) else ())
         if field.default_factory is not dataclasses.MISSING and isinstance(field.default_factory, type)
     }
-    shown = [p.name if p.default is p.empty else f"{p.name}={factories.get(p.name, _value(p.default))}" for p in parameters]
+    shown = [
+        p.name if p.default is p.empty else f"{p.name}={factories.get(p.name, _value(p.default))}" for p in parameters
+    ]
     line = f"{entry.name}({', '.join(shown)})"
     return line if len(line) <= 80 else f"{entry.name}(\n" + "".join(f"    {argument},\n" for argument in shown) + ")"
 
