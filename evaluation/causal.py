@@ -19,10 +19,11 @@ from evaluation.reading import (
     bits,
     call_of,
     divisible,
+    named,
     opened,
     prepare,
+    ratio,
     summed,
-    with_loads,
 )
 from models.masks import Causal
 from objectives.cross_entropy import cross_entropy
@@ -66,6 +67,11 @@ class CausalPerplexity:
         """Prepares the data where it is not."""
         return prepare(self.data, overwrite=overwrite, report=report)
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """See `evaluation.reading.Evaluator`."""
+        return tuple(f"{self.name}/{kind}" for kind in ("bits_per_token", "bits_per_byte", "perplexity"))
+
     def open(self, *, models: Build, placement: Placement, tokenizer: Any) -> Judge:
         """See `evaluation.reading.Evaluator`."""
         texts = Texts(
@@ -99,9 +105,10 @@ class CausalPerplexity:
         jitted = jax.jit(score, out_shardings=placement.replicated)
 
         def judge(arrays: Any) -> Figures:
-            found, loads = summed(jitted, arrays, texts)
+            found, loads, rows = summed(jitted, arrays, texts)
             figures = bits(found["nats"], found["tokens"], found["bytes"])
             figures["perplexity"] = math.exp(found["nats"] / found["tokens"]) if found["tokens"] else math.nan
-            return with_loads(self.name, figures, loads)
+            examples = {"bits_per_token": ratio(rows, "nats", "tokens") / math.log(2)}
+            return named(self.name, figures, loads, examples)
 
         return judge

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -18,10 +19,11 @@ from evaluation.reading import (
     bits,
     call_of,
     divisible,
+    named,
     opened,
     prepare,
+    ratio,
     summed,
-    with_loads,
 )
 from evaluation.unigram import count
 from models.masks import Bidirectional
@@ -54,6 +56,8 @@ class MaskedLikelihood:
       length, batch_size: tokens in a row, and rows judged at once.
       most_rows: rows of each source at most; None for all.
       seed: of the choice.
+      before: whether a hidden token is predicted from the state before it, as `objectives.GPTBert` trains; one that opens a
+        document's piece has none and is not counted.
       name: what the figures' names begin with.
 
     Source: "BERT", Devlin et al., 2019.
@@ -67,6 +71,7 @@ class MaskedLikelihood:
     batch_size: Count = 64
     most_rows: Count | None = None
     seed: Annotated[int, Range(0, (1 << 32) - 1)] = 0
+    before: bool = False
     name: str = "masked"
 
     def __post_init__(self):
@@ -79,6 +84,13 @@ class MaskedLikelihood:
             for data in (self.data, self.baseline)
             for folder in prepare(data, overwrite=overwrite, report=report)
         ]
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """See `evaluation.reading.Evaluator`."""
+        kinds = ("accuracy", "bits_per_token", "bits_per_byte")
+        ends = ("",) if self.baseline is None else ("", "/unigram")
+        return tuple(f"{self.name}/{kind}{end}" for end in ends for kind in kinds)
 
     def open(self, *, models: Build, placement: Placement, tokenizer: Any) -> Judge:
         """See `evaluation.reading.Evaluator`."""
@@ -95,7 +107,11 @@ class MaskedLikelihood:
             hide = select(batch, trunk.vocabulary, step=0, key=key)
             seen = replace(batch["tokens"], hide, trunk.vocabulary, key=key)
             segments, positions = batch["segments"], batch["positions"]
-            out = trunk(seen, segments=segments, positions=positions, mask=Bidirectional(), at=hide.positions)
+            at = hide.positions
+            if self.before:
+                hide = hide._replace(weight=hide.weight * (hide.gather(positions) > 0))
+                at = jnp.maximum(at - 1, 0)
+            out = trunk(seen, segments=segments, positions=positions, mask=Bidirectional(), at=at)
             targets = hide.gather(batch["tokens"])
             found = cross_entropy(trunk.scores(out.hidden), targets, hide.weight)
             total = lambda value: (value * hide.weight).sum(1)
@@ -113,13 +129,17 @@ class MaskedLikelihood:
         jitted = jax.jit(score, out_shardings=placement.replicated)
 
         def judge(arrays: Any) -> Figures:
-            found, loads = summed(jitted, arrays, texts)
+            found, loads, rows = summed(jitted, arrays, texts)
             figures: dict[str, float] = {}
             for kind, suffix in (("", ""), ("unigram ", "/unigram")):
                 if f"{kind}nats" in found:
                     own = {"accuracy": found[f"{kind}hits"] / max(found["tokens"], 1.0)}
                     own |= bits(found[f"{kind}nats"], found["tokens"], found["bytes"])
                     figures |= {f"{figure}{suffix}": value for figure, value in own.items()}
-            return with_loads(self.name, figures, loads)
+            examples = {
+                "accuracy": ratio(rows, "hits", "tokens"),
+                "bits_per_token": ratio(rows, "nats", "tokens") / math.log(2),
+            }
+            return named(self.name, figures, loads, examples)
 
         return judge

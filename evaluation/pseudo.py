@@ -10,7 +10,20 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from evaluation.reading import Build, Figures, Judge, Rows, Texts, bits, divisible, opened, prepare, summed
+from evaluation.reading import (
+    Build,
+    Figures,
+    Judge,
+    Rows,
+    Texts,
+    bits,
+    divisible,
+    named,
+    opened,
+    prepare,
+    ratio,
+    summed,
+)
 from models.masks import Bidirectional
 from objectives.cross_entropy import cross_entropy
 from partitioning import Placement
@@ -52,6 +65,11 @@ class PseudoPerplexity:
         """Prepares the data where it is not."""
         return prepare(self.data, overwrite=overwrite, report=report)
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """See `evaluation.reading.Evaluator`."""
+        return tuple(f"{self.name}/{kind}" for kind in ("bits_per_token", "bits_per_byte", "perplexity"))
+
     def open(self, *, models: Build, placement: Placement, tokenizer: Any) -> Judge:
         """See `evaluation.reading.Evaluator`."""
         texts = Texts(
@@ -90,9 +108,10 @@ class PseudoPerplexity:
         jitted = jax.jit(score, out_shardings=placement.replicated)
 
         def judge(arrays: Any) -> Figures:
-            found, _ = summed(jitted, arrays, texts)
+            found, _, rows = summed(jitted, arrays, texts)
             figures = bits(found["nats"], found["tokens"], found["bytes"])
             figures["perplexity"] = math.exp(found["nats"] / found["tokens"]) if found["tokens"] else math.nan
-            return {f"{self.name}/{figure}": value for figure, value in figures.items()}
+            examples = {"bits_per_token": ratio(rows, "nats", "tokens") / math.log(2)}
+            return named(self.name, figures, examples=examples)
 
         return judge

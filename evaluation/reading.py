@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from data.mixing import Mixture
 from data.reader import Reading
@@ -19,7 +21,19 @@ from partitioning import Placement, UserError
 Arrays = dict[str, dict[str, jax.Array]]
 Rows = tuple[Mapping[str, jax.Array], Mapping[str, Tally]]
 Build = Callable[..., Any]
-Figures = dict[str, float | Loads]
+Each = Mapping[str, Float[np.ndarray, " N"]]
+
+
+class Figures(dict[str, float | Loads]):
+    """Figures by name, and the loads of experts.
+
+    Attributes:
+      examples: some of the figures of each example alone, by the same names, in the order of the data.
+    """
+
+    examples: Each = MappingProxyType({})
+
+
 Judge = Callable[[Arrays], Figures]
 
 
@@ -37,6 +51,10 @@ class Evaluator(Protocol):
         Returns:
           A function from `{"params", "frozen", "buffers"}` to figures by name, and to loads of experts.
         """
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """The names of the figures, as far as the description knows them."""
 
 
 def sources(data: Any) -> list[Any]:
@@ -143,8 +161,9 @@ def placed(value: np.ndarray, placement: Placement, name: str) -> jax.Array:
     return jax.make_array_from_process_local_data(sharding, value, shape)
 
 
-def summed(score: Callable[..., Rows], arrays: Arrays, texts: Texts) -> tuple[dict[str, float], Loads]:
-    """The sums over all rows of what `score(arrays, batch)` gives for each row, added in float64 on the host, and the loads.
+def summed(score: Callable[..., Rows], arrays: Arrays, texts: Texts) -> tuple[dict[str, float], Loads, Each]:
+    """The sums over all rows of what `score(arrays, batch)` gives for each row, added in float64 on the host, the loads, and
+    what was summed, row by row.
 
     Args:
       score: a jitted function to arrays `[B]` and to the tallies of a call, see `call_of`, that every host can read.
@@ -153,22 +172,25 @@ def summed(score: Callable[..., Rows], arrays: Arrays, texts: Texts) -> tuple[di
     """
     totals: dict[str, float] = {}
     tallies: dict[str, Any] = {}
+    parts: dict[str, list[np.ndarray]] = {}
     with texts.placement.scope():
         before: Any = None
         for batch in texts:
             now = score(arrays, batch)
             if before is not None:
-                _add(totals, tallies, before)
+                _add(totals, tallies, parts, before)
             before = now
         if before is not None:
-            _add(totals, tallies, before)
-    return totals, Loads(tallies)
+            _add(totals, tallies, parts, before)
+    return totals, Loads(tallies), {name: np.concatenate(rows) for name, rows in parts.items()}
 
 
-def _add(totals: dict[str, float], tallies: dict[str, Any], found: Rows) -> None:
+def _add(totals: dict[str, float], tallies: dict[str, Any], parts: dict[str, list[np.ndarray]], found: Rows) -> None:
     rows, own = jax.device_get(found)
     for name, value in rows.items():
-        totals[name] = totals.get(name, 0.0) + float(np.asarray(value, np.float64).sum())
+        wide = np.asarray(value, np.float64)
+        totals[name] = totals.get(name, 0.0) + float(wide.sum())
+        parts.setdefault(name, []).append(wide)
     wide = jax.tree.map(lambda x: np.asarray(x, np.float64), own)
     for name, tally in wide.items():
         tallies[name] = jax.tree.map(np.add, tallies[name], tally) if name in tallies else tally
@@ -179,9 +201,19 @@ def call_of(models: Any, tree: str) -> dict[str, Tally]:
     return {name: tally for name, tally in models.tallies.items() if name.startswith(f"{tree}/")}
 
 
-def with_loads(name: str, figures: Mapping[str, float], loads: Loads) -> Figures:
-    """An evaluator's figures under its name, and the loads where the model has any."""
-    return {f"{name}/{key}": value for key, value in figures.items()} | ({name: loads} if loads else {})
+def named(
+    name: str, figures: Mapping[str, float], loads: Loads | None = None, examples: Each = MappingProxyType({})
+) -> Figures:
+    """An evaluator's figures under its name, the loads where the model has any, and the figures of each example."""
+    found = Figures({f"{name}/{key}": value for key, value in figures.items()} | ({name: loads} if loads else {}))
+    found.examples = {f"{name}/{key}": value for key, value in examples.items()}
+    return found
+
+
+def ratio(rows: Each, total: str, over: str) -> Float[np.ndarray, N]:
+    """total / over of each row that has any of what it is over; what rows are left is the same for all models."""
+    counted = rows[over] > 0
+    return rows[total][counted] / rows[over][counted]
 
 
 def bits(nats: float, tokens: float, size: float) -> dict[str, float]:

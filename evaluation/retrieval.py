@@ -15,7 +15,7 @@ from data.example_rows import text_batch
 from data.retrieval import Retrieval as Collection
 from data.retrieval import python_search
 from evaluation.ndcg import ndcg
-from evaluation.reading import Build, Figures, Judge, divisible
+from evaluation.reading import Build, Figures, Judge, divisible, named
 from evaluation.search import top
 from models.pooling import Pooling
 from objectives.embedding import embed
@@ -67,6 +67,11 @@ class Retrieval:
         """Nothing to prepare: a collection is tokenised when it is searched."""
         return []
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """See `evaluation.reading.Evaluator`."""
+        return (f"{self.name}/ndcg@{self.k}",)
+
     def open(self, *, models: Build, placement: Placement, tokenizer: Any) -> Judge:
         """See `evaluation.reading.Evaluator`."""
         collection = python_search(self.split) if self.folder is None else Collection.load(self.folder, self.split)
@@ -111,6 +116,7 @@ class Retrieval:
                 ndcg([ids[n] for n in row], collection.qrels[query], self.k)
                 for query, row in zip(queries, numbers, strict=True)
             ]
-            return {f"{self.name}/ndcg@{self.k}": float(np.mean(gains))}
+            measure = f"ndcg@{self.k}"
+            return named(self.name, {measure: float(np.mean(gains))}, examples={measure: np.array(gains)})
 
         return judge

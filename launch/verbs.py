@@ -123,6 +123,41 @@ def train(
 
 
 @app.command()
+def sweep(
+    arguments: Arguments,
+    out: Annotated[Path | None, typer.Option(help="The sweep's folder.", show_default="sweeps/SWEEP")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Runs at once.", show_default="one a core, or one a GPU")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan every arm and count; train nothing.")] = False,
+    jobs: Annotated[bool, typer.Option("--jobs", help="Print a shell command a run, for a cluster.")] = False,
+    run: Annotated[
+        str | None, typer.Option(metavar="ARM/SEED", help="Do this run only, in this process.", show_default=False)
+    ] = None,
+    allow_import: AllowImport = None,
+) -> int:
+    """Run what differs in one thing, with several seeds, at an equal budget; run again, it goes on."""
+    from launch.sweep import command
+    from launch.sweep.loading import Asked
+
+    paths, overrides = _split(arguments)
+    asked = Asked(tuple(paths), tuple(overrides), tuple(allow_import or ()))
+    folder = out if out is not None else Path("sweeps") / Path(paths[0]).stem
+    _check_folder(folder)
+    if sum((dry_run, jobs, run is not None)) > 1:
+        raise UserError("--dry-run, --jobs and --run are three ways: leave two out")
+    if dry_run:
+        command.dry_run(asked)
+    elif jobs:
+        command.jobs(asked, folder)
+    elif run is not None:
+        return command.one(asked, folder, run)
+    else:
+        return command.local(asked, folder, processes)
+    return 0
+
+
+@app.command()
 def plan(
     arguments: Arguments,
     topology: Annotated[str, typer.Option(help="TPU chips, such as v5p:8x8x8.", show_default=False)],

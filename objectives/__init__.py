@@ -39,3 +39,4 @@ from objectives.span_corruption import UL2 as UL2
 from objectives.span_corruption import Denoiser as Denoiser
 from objectives.span_corruption import SpanCorruption as SpanCorruption
 from objectives.token_loss import TokenLoss as TokenLoss
+from objectives.uniform_rate import uniform_rate as uniform_rate

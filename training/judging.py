@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,19 +30,25 @@ def open_judges(plan: Plan) -> list[Judge]:
     ]
 
 
-def judged(judges: Sequence[Judge], values: Mapping[str, Any]) -> dict[str, float | Loads]:
+def judged(
+    judges: Sequence[Judge], values: Mapping[str, Any], examples: dict[str, Any] | None = None
+) -> dict[str, float | Loads]:
     """All judges' figures, and loads of experts by the judge's name.
 
     Args:
       judges: from `open_judges`.
       values: the leaves under `params`, `frozen` and `buffers`.
+      examples: takes the figures of each example, where a judge has them (as `examples` of what it returns).
 
     Raises:
       UserError: two evaluators give a figure of the same name.
     """
     figures: dict[str, float | Loads] = {}
     for judge in judges:
-        for name, value in judge(values).items():
+        own = judge(values)
+        if examples is not None:
+            examples |= getattr(own, "examples", {})
+        for name, value in own.items():
             if name in figures:
                 raise UserError(f"two evaluators give the figure {name!r}: give one of them another `name`")
             figures[name] = value
@@ -67,6 +74,22 @@ def arrays(figures: Figures) -> dict[str, Any]:
 def numbers(figures: Figures) -> dict[str, float]:
     """Figures that are one number, by name."""
     return {name: value for name, value in arrays(figures).items() if isinstance(value, float)}
+
+
+def write_examples(path: Path, examples: Mapping[str, Any]) -> None:
+    """Writes `{evaluator: {figure: [a number for each example]}}`, six digits a number.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    nested: dict[str, dict[str, list[float]]] = {}
+    for name, each in examples.items():
+        evaluator, _, figure = name.rpartition("/")
+        nested.setdefault(evaluator, {})[figure] = [float(f"{number:.6g}") for number in each]
+    try:
+        path.write_text(json.dumps(nested) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def lines(found: Figures) -> list[str]:

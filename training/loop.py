@@ -23,7 +23,7 @@ from training.goodput import Goodput
 from training.hosts import Hosts
 from training.init_from import keep_report
 from training.interrupt import Interrupt
-from training.judging import arrays, judged, lines, numbers, open_judges, values_of
+from training.judging import arrays, judged, lines, numbers, open_judges, values_of, write_examples
 from training.metrics import MetricWriter
 from training.plan import Plan, PlannedStage
 from training.programs import keep_programs
@@ -58,12 +58,37 @@ def train(
         steps in a row.
     """
     # 1. The plan: every check that needs no device memory.
-    watch, goodput = Watch() if watch is None else watch, Goodput()
+    goodput = Goodput()
     keep_programs()
-    plan = run.plan()
+    return follow(run.plan(), out, operative=operative, debug=debug, watch=watch, goodput=goodput)
+
+
+def follow(
+    plan: Plan,
+    out: Path,
+    *,
+    operative: str = "",
+    debug: bool = False,
+    watch: Watch | None = None,
+    goodput: Goodput | None = None,
+) -> dict[str, float]:
+    """Trains as planned; what this plan, or one of another seed, has compiled before is not compiled again.
+
+    Args:
+      plan: of the run.
+      out, operative, debug, watch: as in `train`.
+      goodput: has counted since the start; None for one that begins now.
+
+    Returns:
+      As `train`.
+
+    Raises:
+      UserError: as `train`.
+    """
     store = Store(plan, str(out / "checkpoints"))
+    watch, goodput = Watch() if watch is None else watch, Goodput() if goodput is None else goodput
     if jax.process_index() == 0:
-        for board in run.shown():
+        for board in plan.run.shown():
             board.check()
     with held(out):
         return _trained(plan, store, out, operative, debug, watch, goodput)
@@ -112,7 +137,7 @@ def _trained(
                 progress.say(f"program written: {dump(program, stage.first, out)}")
         for line in plan.trees.warnings:
             progress.say(line)
-        loop = Loop(plan, store, log, writer, progress, interrupt, goodput, Hosts(out, goodput), trace)
+        loop = Loop(plan, store, log, writer, progress, interrupt, goodput, Hosts(out, goodput), trace, out, watch)
         for stage, program in zip(remaining, programs, strict=True):
             with goodput("step"):
                 state = loop.stage(stage, program, state)
@@ -142,12 +167,14 @@ class Loop:
     goodput: Goodput
     hosts: Hosts
     trace: Trace
+    out: Path
+    watch: Watch
     figures: dict[str, float] = field(default_factory=dict)
     words: str = ""
     stopped: bool = False
 
     def __post_init__(self):
-        self.judges = open_judges(self.plan)
+        self.judges = self.plan.once("judges", lambda: open_judges(self.plan))
         self.unused = Unused(self.plan.run.unused_after)
         self.share, self.shares = self.plan.placement.share
         self.devices, self.peak = self.plan.placement.mesh.size, peak_flops(self.plan.placement.mesh.devices.flat[0])
@@ -157,7 +184,7 @@ class Loop:
         run = self.plan.run
         begin = max(stage.first, int(state.step))
         with self.goodput("compile"):
-            flops = step_flops(self.plan, stage)
+            flops = self.plan.once(("flops", stage.first), lambda: step_flops(self.plan, stage))
         self.progress.say(mfu_formula(flops, "seconds of a step", devices=self.devices, peak=self.peak))
         self.progress.measure(lambda seconds: mfu(flops, seconds, devices=self.devices, peak=self.peak).value)
         before: tuple[int, int, Any] | None = None
@@ -245,7 +272,10 @@ class Loop:
     def evaluate(self, done: int, state: State) -> dict[str, float]:
         """Runs the evaluators, and puts their figures on file and on screen."""
         with self.goodput("evaluation"):
-            found = judged(self.judges, values_of(self.plan, state))
+            examples: dict[str, Any] = {}
+            found = judged(self.judges, values_of(self.plan, state), examples)
+            if self.watch.examples and done == self.plan.steps and not jax.process_index():
+                write_examples(self.out / "examples.json", examples)
         self.figures |= (scalars := numbers(found))
         self.writer.write(done, {f"evaluation/{name}": value for name, value in arrays(found).items()})
         for line in lines(found):
@@ -274,7 +304,7 @@ def step_flops(plan: Plan, stage: PlannedStage) -> FlopCount:
 
 
 def _compiled(plan: Plan, stage: PlannedStage, say: Callable[[str], None]) -> Any:
-    program = plan.compile(stage)
+    program = plan.once(("step", stage.first), lambda: plan.compile(stage))
     memory = program.memory_analysis()
     if memory is not None:
         parts = (("arguments", memory.argument_size_in_bytes), ("temporaries", memory.temp_size_in_bytes))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,8 @@ from training.run import Part, Run
 from training.state import State, abstract_state, state_shardings
 from training.step import Step
 from training.trees import Trees
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +63,7 @@ class Plan:
       stages: in order.
       state: the abstract state.
       shardings: of the state.
+      kept: what was compiled or readied already, by name; see `once`.
     """
 
     run: Run
@@ -69,6 +72,7 @@ class Plan:
     stages: tuple[PlannedStage, ...]
     state: State
     shardings: State
+    kept: dict[Hashable, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, run: Run, devices: Sequence[Any] | None = None) -> Plan:
@@ -100,7 +104,6 @@ class Plan:
                 objective=part.objective,
                 optimizer=part.optimizer,
                 tx=tx,
-                seed=run.seed,
                 batch_size=part.batch_size,
                 accumulate=part.accumulate,
                 clip=run.clip,
@@ -171,6 +174,16 @@ class Plan:
 
         return {tree: initial_values(self.trees, self.placement, tree, seeded) for tree in self.trees.init_from}
 
+    def with_seed(self, seed: int) -> Plan:
+        """The same run from another seed: nothing that is compiled holds the seed, so both share it."""
+        return replace(self, run=replace(self.run, seed=seed))
+
+    def once(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, which is called once for this plan and all that differ from it in their seed."""
+        if name not in self.kept:
+            self.kept[name] = make()
+        return self.kept[name]
+
     def init(self, initial: Mapping[str, Initial] | None = None) -> State:
         """The initial state, made where it lives.
 
@@ -184,10 +197,11 @@ class Plan:
         run = self.run
         given = {tree: found.values for tree, found in (self.initial() if initial is None else initial).items()}
 
-        def make(given: dict[str, Flat]) -> State:
-            values = self.trees.init(jax.random.key(run.seed), given)
+        def make(given: dict[str, Flat], seed: jax.Array) -> State:
+            values = self.trees.init(jax.random.key(seed), given)
             return State(
                 step=jax.numpy.zeros((), jax.numpy.int32),
+                seed=seed,
                 optimizer=tx.init(values["params"]),
                 average=None if run.average is None else run.average.init(values["params"]),
                 guard=run.guard.init() if run.guard else (),
@@ -195,7 +209,8 @@ class Plan:
             )
 
         with self.placement.scope():
-            return jax.jit(make, out_shardings=self.shardings)(given)
+            made = self.once("init", lambda: jax.jit(make, out_shardings=self.shardings))
+            return made(given, np.uint32(run.seed))
 
     def exercise(self) -> None:
         """Traces every stage's loss.

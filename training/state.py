@@ -25,6 +25,7 @@ class State:
 
     Args:
       step: steps taken.
+      seed: of every draw; here, so that runs which differ in it share their programs.
       params, frozen, buffers: arrays by leaf name.
       optimizer: optax state over `params`.
       average: exponential moving average of `params`, or None.
@@ -32,6 +33,7 @@ class State:
     """
 
     step: Any
+    seed: Any
     params: Flat
     frozen: Flat
     buffers: Flat
@@ -40,8 +42,8 @@ class State:
     guard: Any
 
     def kept(self) -> dict[str, Any]:
-        """What every checkpoint holds: all but the frozen leaves."""
-        return {name: value for name, value in vars(self).items() if name != "frozen"}
+        """What every checkpoint holds: all but the frozen leaves, and the seed, which is the config's."""
+        return {name: value for name, value in vars(self).items() if name not in ("frozen", "seed")}
 
 
 def abstract_state(trees: Trees, tx: optax.GradientTransformation, *, average: bool, guard: Any) -> State:
@@ -50,6 +52,7 @@ def abstract_state(trees: Trees, tx: optax.GradientTransformation, *, average: b
     params = pick("params")
     return State(
         step=jax.ShapeDtypeStruct((), jnp.int32),
+        seed=jax.ShapeDtypeStruct((), jnp.uint32),
         params=params,
         frozen=pick("frozen"),
         buffers=pick("buffers"),
@@ -69,6 +72,7 @@ def state_shardings(state: State, trees: Trees, placement: Placement) -> State:
     everywhere = lambda tree: jax.tree.map(lambda _: placement.replicated, tree)
     return State(
         step=placement.replicated,
+        seed=placement.replicated,
         params=follow(state.params),
         frozen=follow(state.frozen),
         buffers=follow(state.buffers),

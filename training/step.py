@@ -33,7 +33,6 @@ class Step:
       trees: the modules.
       objective: the loss.
       optimizer, tx: the rule for gradients, and its transformation for these trees.
-      seed: of every draw.
       batch_size: rows in a step.
       accumulate: micro-batches in a step.
       clip: largest global norm of a gradient, or None.
@@ -45,7 +44,6 @@ class Step:
     objective: Objective
     optimizer: Optimizer
     tx: optax.GradientTransformation
-    seed: int
     batch_size: int
     accumulate: int = 1
     clip: float | None = 1.0
@@ -59,7 +57,7 @@ class Step:
         Returns:
           The new state, and `metrics` to report beside the raw `sums` that controllers read and the models' `tallies`.
         """
-        key = draws(jax.random.key(self.seed), state.step, batch["row"], self.batch_size)
+        key = draws(jax.random.key(state.seed), state.step, batch["row"], self.batch_size)
         models = self.trees.models(state.params, state.frozen, state.buffers)
         batch = jax.lax.stop_gradient(self.objective.prepare(models, batch, step=state.step, key=key))
 
@@ -77,7 +75,7 @@ class Step:
         average = state.average
         if self.average is not None and average is not None:
             average = self.average.update(average, params, state.step)
-        new = State(state.step, params, state.frozen, self.trees.buffers(models), optimizer, average, state.guard)
+        new = replace(state, params=params, buffers=self.trees.buffers(models), optimizer=optimizer, average=average)
 
         metrics = {
             **reduced(stats),
@@ -100,7 +98,7 @@ class Step:
 
     def forward(self, state: State, batch: Batch) -> Loss:
         """The loss of the first micro-batch, as the step's own call has it; traced before step 0, for what it refuses."""
-        key = draws(jax.random.key(self.seed), state.step, batch["row"], self.batch_size)
+        key = draws(jax.random.key(state.seed), state.step, batch["row"], self.batch_size)
         models = self.trees.models(state.params, state.frozen, state.buffers)
         batch = self.objective.prepare(models, batch, step=state.step, key=key)
         part = {k: v if k.startswith(SHARED) else self._parts(v)[0] for k, v in batch.items()}
@@ -108,7 +106,7 @@ class Step:
 
     def _call(self, state: State, params: Any, statistics: Any, part: Batch) -> tuple[Loss, Models]:
         models = self.trees.models(params, state.frozen, state.buffers | statistics, training=True)
-        key = draws(jax.random.key(self.seed), state.step, part["row"], self.batch_size)
+        key = draws(jax.random.key(state.seed), state.step, part["row"], self.batch_size)
         return self.objective(models, part, step=state.step, key=key), models
 
     def gradients(

@@ -20,11 +20,13 @@ class Watch:
     Args:
       first, last: steps of the trace, as metrics count them; None for no trace.
       dump: whether each step's program is written out.
+      examples: whether the last evaluation's figures of each example are, as `examples.json`.
     """
 
     first: int | None = None
     last: int | None = None
     dump: bool = False
+    examples: bool = False
 
     @classmethod
     def of(cls, profile: str | None, dump: bool) -> Watch:

@@ -57,7 +57,7 @@ def gradients(name: str, rules, devices: int, accumulate: int = 1):
     with placement.scope(), warnings.catch_warnings():
         trees = Trees.plan(build(case))
         step = Step(
-            trees=trees, objective=objective, optimizer=Sgd(learning_rate=0.1), tx=None, seed=3, batch_size=ROWS,
+            trees=trees, objective=objective, optimizer=Sgd(learning_rate=0.1), tx=None, batch_size=ROWS,
             accumulate=accumulate,
         )  # fmt: skip
         values = initial(trees)
@@ -66,7 +66,7 @@ def gradients(name: str, rules, devices: int, accumulate: int = 1):
         batch = {k: jax.device_put(v, placement.rows(v.shape, k)) for k, v in case.batch().items()}
 
         def run(values, batch: Batch):
-            state = _State(step=jnp.asarray(2), **values)
+            state = _State(step=jnp.asarray(2), seed=jnp.uint32(3), **values)
             key = draws(jax.random.key(3), state.step, batch["row"], ROWS)
             models = trees.models(values["params"], values["frozen"], values["buffers"])
             prepared = jax.lax.stop_gradient(objective.prepare(models, batch, step=state.step, key=key))
@@ -93,8 +93,8 @@ def initial(trees):
 
 
 class _State:
-    def __init__(self, step, params, frozen, buffers):
-        self.step, self.params, self.frozen, self.buffers = step, params, frozen, buffers
+    def __init__(self, step, seed, params, frozen, buffers):
+        self.step, self.seed, self.params, self.frozen, self.buffers = step, seed, params, frozen, buffers
 
 
 def _float64_parts(objective):

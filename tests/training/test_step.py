@@ -70,7 +70,9 @@ def both():
             plan = run.plan()
 
             def gradients(params, batch, step, plan=plan):
-                state = replace(plan.state, step=step, params=params, frozen={}, buffers={})
+                state = replace(
+                    plan.state, step=step, seed=jnp.uint32(plan.run.seed), params=params, frozen={}, buffers={}
+                )
                 return plan.stages[0].step.gradients(state, batch)[0]
 
             found.append((plan, layer_names(plan.trees.shapes), jax.jit(gradients)))

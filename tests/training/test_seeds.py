@@ -1,0 +1,56 @@
+"""Runs that differ in their seed share what is compiled, and draw what each would draw alone."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from running import assert_same_end, devices, metrics, record, tiny
+
+from partitioning import data
+from training.loop import follow
+from training.plan import Plan
+from training.watch import Watch
+
+
+@pytest.mark.parametrize("seed", [0, 7, (1 << 31) + 5, (1 << 32) - 1])
+def test_a_traced_seed_gives_the_key_of_a_plain_one(seed):
+    words = lambda seed: jax.random.key_data(jax.random.key(seed))
+    np.testing.assert_array_equal(jax.jit(words)(np.uint32(seed)), words(seed))
+
+
+def test_one_plan_trains_every_seed_as_its_own(tmp_path, monkeypatch):
+    """Bit for bit: initial values, the order of the data, every draw. One program for all."""
+    compiled, compile_ = [], Plan.compile
+    monkeypatch.setattr(Plan, "compile", lambda self, stage: compiled.append(1) or compile_(self, stage))
+    first, second = 1, 3_000_000_000
+    with devices(1):
+        plan = tiny("mlm", seed=first, rules=data()).plan()
+        for seed in (first, second):
+            follow(plan.with_seed(seed), tmp_path / f"shared{seed}")
+        assert len(compiled) == 1
+        tiny("mlm", seed=second, rules=data()).train(tmp_path / "own")
+    assert_same_end(tmp_path / "own", tmp_path / f"shared{second}", 4)
+    losses = [[row["loss"] for row in metrics(tmp_path / f"shared{seed}").values()] for seed in (first, second)]
+    assert losses[0] != losses[1]
+    assert record(tmp_path / f"shared{first}", 4) != record(tmp_path / f"shared{second}", 4)
+
+
+class Told:
+    """An evaluator whose figures of each example are known."""
+
+    def open(self, **_):
+        class Figures(dict):
+            examples = {"told/score": np.array([0.5, 1 / 3])}  # noqa: RUF012
+
+        return lambda values: Figures({"told/score": 0.4})
+
+
+def test_examples_are_written_at_the_end_of_a_run_that_is_asked_for_them(tmp_path):
+    with devices(1):
+        plan = tiny("mlm", evaluators=(Told(),), evaluate_every=2, rules=data()).plan()
+        follow(plan, tmp_path / "plain")
+        assert not (tmp_path / "plain" / "examples.json").exists()
+        figures = follow(plan.with_seed(0), tmp_path / "asked", watch=Watch(examples=True))
+    assert json.loads((tmp_path / "asked" / "examples.json").read_text()) == {"told": {"score": [0.5, 0.333333]}}
+    assert figures["told/score"] == 0.4
