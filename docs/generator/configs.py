@@ -8,6 +8,7 @@ FOLDERS = {
     "": ("Runs", "Each trains as it stands: `palmette train configs/NAME.gin`. Two cores are enough."),
     "ablations": ("Sweeps", "Each changes one thing at an equal budget: `palmette sweep configs/ablations/NAME.gin`."),
     "pods": ("Pods", "Published sizes for TPU slices; `palmette plan configs/pods/NAME.gin --topology ...` first."),
+    "ablations/parts": ("Parts of sweeps", "What the arms of sweeps are put together of."),
     "parts": ("Parts", "What several runs share, included by `include 'parts/NAME.gin'`: sizes of published models."),
 }
 

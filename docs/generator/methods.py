@@ -161,7 +161,8 @@ def entries(root: Path) -> list[Entry]:
     listed = {method.name for method in methods(root)}
     found: dict[str, Entry] = {}
     for package in PACKAGES:
-        exported = vars(importlib.import_module(package))
+        # Modules of the package are among its names, and may have the name of a function of theirs.
+        exported = {k: v for k, v in vars(importlib.import_module(package)).items() if not inspect.ismodule(v)}
         for path in sorted((root / package).rglob("*.py")):
             file = path.relative_to(root).as_posix()
             for name in _public(path):
