@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 from doc_blocks import PAGES, ROOT, SHOWN, Block, blocks, commands, sessions
 
+import data
 import launch.hosts
 import launch.plan
 from launch.cli import main
 from launch.config import load
+from partitioning import topologies
 from training.run import Run
 
 IMPORTS = ("data", "evaluation", "models", "objectives", "optax", "partitioning", "training")
@@ -64,10 +66,18 @@ def workplace(tmp_path, monkeypatch, tmp_path_factory):
     monkeypatch.setattr(Run, "evaluate", lambda run, out: evaluate(shrunk(run), out))
     # Chips and hosts that are not here: the arguments are parsed and the config is resolved.
     monkeypatch.setattr(launch.hosts, "met", lambda meeting: nullcontext())
+    monkeypatch.setattr(launch.plan, "asked", described)
     for name in ("planned", "ranked"):
         monkeypatch.setattr(launch.plan, name, lambda *args, **options: None)
     files_of_pages(tmp_path)
+    data.prepare("python_docs")
     return tmp_path
+
+
+def described(paths, overrides, topology, slices, allow_import) -> None:
+    """In the place of a plan: the topology is one, and the config resolves."""
+    topologies.topology(topology, slices)
+    load(paths, overrides, allow_import=allow_import)
 
 
 def files_of_pages(folder: Path) -> None:
@@ -86,8 +96,10 @@ def files_of_pages(folder: Path) -> None:
     tokenizer.train_from_iterator(pairs["passage"], trainers.BpeTrainer(vocab_size=300, special_tokens=specials))
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "prompts.txt").write_text("Return the\nA list\n")
-    chat = [{"role": "user", "content": "What does len do?"}, {"role": "assistant", "content": "It counts items."}]
-    (folder / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 12)
+    chat = [
+        [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": "A number."}] for i in range(20)
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in chat))
     arms = [{"name": f"rate={rate}"} for rate in ("0.15", "0.40")]
     for i, arm in enumerate(arms):
         for seed in range(3):
