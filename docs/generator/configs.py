@@ -36,7 +36,7 @@ def _entry(path: Path, name: str) -> list[str]:
     for line in text.splitlines():
         if not line.startswith("#"):
             break
-        # Each line of a header says a thing of its own.
-        header.append(plain(line.lstrip("# ")) + "<br>")
+        # A line that ends a sentence ends what it says.
+        header.append(plain(line.lstrip("# ")) + ("<br>" if line.endswith(".") else ""))
     shown = [f"    {line}".rstrip() for line in ("```gin", *text.rstrip().splitlines(), "```")]
     return ["", f"### {path.stem} {{ #{anchor(name)} }}", "", *header, "", f'??? example "`{name}`"', "", *shown]

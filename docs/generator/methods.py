@@ -230,7 +230,7 @@ def _section(paragraph: str) -> list[str]:
             lines += [*([""] if lines else []), *_titled(title, text)]
         return lines
     if paragraph.startswith((" ", "|")) or re.search(r" = |<-| ~ ", re.sub(r"`[^`]*`", "", paragraph)):
-        return ["```text", *paragraph.splitlines(), "```"]
+        return ["``` { .text .formula }", *paragraph.splitlines(), "```"]
     return [plain(paragraph)]
 
 
@@ -240,15 +240,15 @@ def _titled(title: str, text: str) -> list[str]:
     items = re.split(r"\n(?=\S)", inspect.cleandoc(text.lstrip("\n")))
     rows = [item.partition(": ") for item in items]
     head = "raises" if title == "Raises" else "argument"
-    return [f"| {head} | |", "|---|---|", *(f"| `{name}` | {cell(words)} |" for name, _, words in rows)]
+    return [f"| {head} | what |", "|---|---|", *(f"| `{name}` | {cell(words)} |" for name, _, words in rows)]
 
 
 def _call(entry: Entry) -> str:
     """The call with its arguments and defaults; a base class or protocol shows its name alone."""
-    try:
-        parameters = [p for p in inspect.signature(entry.value).parameters.values() if p.name not in ("args", "kwargs")]
-    except (TypeError, ValueError):
-        return entry.name
+    # The signature of an NNX class is its metaclass's.
+    call = entry.value.__init__ if isinstance(entry.value, type) else entry.value
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = [p for p in inspect.signature(call).parameters.values() if p.name != "self" and p.kind not in variadic]
     factories = {
         field.name: f"{field.default_factory.__name__}()"
         for field in (dataclasses.fields(entry.value) if dataclasses.is_dataclass(entry.value) else ())

@@ -27,11 +27,16 @@ IMPORTS = ("data", "evaluation", "models", "objectives", "optax", "partitioning"
 CHEAP = ("prepare", "config", "methods", "data")
 # What a page's own commands do not make.
 MADE = {
-    "README.md": ["palmette train configs/quickstart.gin --out runs/quickstart"],
+    "README.md": [
+        "palmette prepare configs/quickstart.gin",
+        "palmette train configs/quickstart.gin --out runs/quickstart",
+    ],
     "generation.md": ["palmette train configs/llama.gin --out runs/llama"],
     "hosts.md": ["palmette train configs/masked_lm.gin --out runs/a"],
-    "new_objective.md": [],
-    "training.md": ["palmette train configs/quickstart.gin --out runs/quickstart"],
+    "training.md": [
+        "palmette prepare configs/quickstart.gin",
+        "palmette train configs/quickstart.gin --out runs/quickstart",
+    ],
 }
 # A shrunk run has two steps.
 STEPS = {"400": "1", "500": "2"}

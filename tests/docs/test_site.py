@@ -45,7 +45,7 @@ def test_a_method_reads_as_its_docstring(found):
     for part in (
         "objectives.MaskedLM(\n    select=RandomTokens(),\n    replace=Replace(),\n    penalty=TokenLoss(),\n)\n```",
         "\nPredict the tokens that a selection hides.\n",
-        "```text\nloss = -sum_i w_i log p(x_i | x~) / sum_i w_i,  (i, w) from `select`, x~ from `replace`.\n```",
+        "``` { .text .formula }\nloss = -sum_i w_i log p(x_i | x~) / sum_i w_i,  (i, w) from `select`, x~ from `replace`.\n```",
         "| `select, replace, penalty` | as in `Masking`. |",
         '**Source:** "BERT", Devlin et al., 2019.',
         "**Differs:** no next-sentence prediction.",
