@@ -236,6 +236,17 @@ def test_all_of_a_page_is_true(path, capsys):
     Page(path, capsys, whole=True).run()
 
 
+@pytest.mark.usefixtures("workplace")
+def test_the_readmes_config_and_script_are_one_run(tmp_path):
+    """Both train, to the same loss."""
+    texts = {block.language: block.text for block in blocks(ROOT / "README.md") if block.language in ("gin", "python")}
+    Path("first.gin").write_text(texts["gin"])
+    first = load(["first.gin"], exercise=lambda run: run.abstract()).value.train(tmp_path / "gin")
+    names: dict[str, Any] = {}
+    exec(texts["python"].replace('run.train("runs/python")', 'figures = run.train("python")'), names)
+    assert first["loss"] == names["figures"]["loss"]
+
+
 def test_no_reason_is_left_over():
     """Each is given on a page, and none is empty."""
     found = [b for path in PAGES for b in blocks(path) if b.word in ("not run", "not built")]
