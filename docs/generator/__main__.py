@@ -8,6 +8,7 @@ from docs.generator.command import command_page
 from docs.generator.configs import config_page
 from docs.generator.links import linked
 from docs.generator.methods import entries, method_pages
+from docs.generator.notebooks import notebook_pages
 
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = "# Ledger\n\nNo sweep has been entered yet.\n"
@@ -19,6 +20,7 @@ def pages() -> dict[str, str]:
     found |= {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
     found["results.md"] = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
     found["configs.md"] = config_page(ROOT / "configs")
+    found |= notebook_pages(ROOT / "launch" / "notebooks")
     found["commands.md"] = command_page()
     methods = entries(ROOT)
     found |= method_pages(methods)
