@@ -22,7 +22,7 @@ NAMES = (
     "gpu",
     "checkpoint",
 )
-APART = ("chaos", "expert_parallel")
+APART = ("chaos", "expert_parallel", "sweep")
 """Run when they are named, not with all."""
 
 

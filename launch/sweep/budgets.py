@@ -15,21 +15,47 @@ Count = Annotated[float, Range(1, 1e30)]
 STEPS = ("steps", "_steps")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
+class Spent:
+    """What a stage costs.
+
+    Args:
+      steps: optimizer steps.
+      tokens: places for tokens in all batches, padding included.
+      flops: of the model, as `training.flops` counts them.
+    """
+
+    steps: int
+    tokens: int
+    flops: float
+
+
+@dataclass(frozen=True)
 class Cost:
     """What a run of a configuration costs.
 
     Args:
-      steps: optimizer steps, all stages together.
-      tokens: places for tokens in all batches, padding included.
-      flops: of the model, as `training.flops` counts them.
-      seconds: of its steps, as measured; None where nothing was.
+      stages: in order.
+      seconds: of all steps, as measured; None where nothing was.
     """
 
-    steps: int
-    tokens: float
-    flops: float
+    stages: tuple[Spent, ...]
     seconds: float | None = None
+
+    @property
+    def steps(self) -> int:
+        """Of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def tokens(self) -> int:
+        """Of all stages."""
+        return sum(stage.tokens for stage in self.stages)
+
+    @property
+    def flops(self) -> float:
+        """Of all stages."""
+        return sum(stage.flops for stage in self.stages)
 
 
 @dataclass(frozen=True)

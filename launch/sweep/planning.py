@@ -13,7 +13,7 @@ from typing import Any
 
 from launch.config import Resolved, load
 from launch.sweep import folder
-from launch.sweep.budgets import Budget, Cost, Flops, Seconds, scaled
+from launch.sweep.budgets import Budget, Cost, Flops, Seconds, Spent, scaled
 from launch.sweep.description import Arm, Sweep
 from partitioning.errors import UserError
 
@@ -111,28 +111,36 @@ def planned(sweep: Sweep, arm: Arm, out: Path | None, allow_import: Sequence[str
 
 
 def cost_of(plan: Any, budget: Budget | None = None) -> Cost:
-    """What a planned run costs; its time only where the budget is one of time.
+    """What a planned run costs.
+
+    Args:
+      plan: a `training.plan.Plan`.
+      budget: what is asked for: its FLOPs or its time are worked out where it is one of these; None works out its FLOPs.
 
     Raises:
       UserError: a budget of FLOPs, and a step whose FLOPs are not known.
     """
+    from training.flops import FlopCount
     from training.loop import step_flops
 
-    tokens = flops = 0.0
+    stages = []
     for stage in plan.stages:
-        found = plan.once(("flops", stage.first), lambda stage=stage: step_flops(plan, stage))
+        # Counting traces the whole step: not for a budget that does not ask.
+        found = FlopCount(0.0)
+        if budget is None or isinstance(budget, Flops):
+            found = plan.once(("flops", stage.first), lambda stage=stage: step_flops(plan, stage))
         if isinstance(budget, Flops) and found.unbounded:
             raise UserError(
                 f"the FLOPs of its step are not known ({', '.join(found.unbounded)} loop as long as the data say): use a "
                 "budget of Tokens or Seconds"
             )
         places = [leaf.size for name, leaf in stage.batch.items() if name.rpartition("/")[2] == "segments"]
-        tokens += stage.stage.steps * float(sum(places))
-        flops += stage.stage.steps * found.flops
+        steps = stage.stage.steps
+        stages.append(Spent(steps, steps * sum(places), steps * found.flops))
     seconds = None
     if isinstance(budget, Seconds):
         seconds = sum(stage.stage.steps * step_seconds(plan, stage) for stage in plan.stages)
-    return Cost(steps=plan.steps, tokens=tokens, flops=flops, seconds=seconds)
+    return Cost(tuple(stages), seconds)
 
 
 def step_seconds(plan: Any, stage: Any) -> float:

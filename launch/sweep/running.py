@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def run(planned: Planned, seed: int, out: Path, *, before_s: float = 0.0) -> dic
     """
     path = run_folder(out, planned.arm.name, seed)
     cost = planned.cost
-    spent: dict[str, Any] = {"steps": cost.steps, "tokens": round(cost.tokens), "flops": cost.flops}
+    spent: dict[str, Any] = {"steps": cost.steps, "tokens": cost.tokens, "flops": cost.flops}
+    spent["stages"] = [asdict(stage) for stage in cost.stages]
     try:
         _train(planned, seed, path)
     except UserError as error:

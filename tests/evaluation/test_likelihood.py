@@ -6,14 +6,17 @@ from collections import Counter
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from held_out import TEXTS, TOKENIZER, records
+from held_out import TEXTS, TOKENIZER, VOCABULARY, records
 
 import data
 from evaluation import CausalPerplexity, MaskedLikelihood, PseudoPerplexity
 from evaluation.reading import Texts, opened
 from models.masks import Bidirectional, Causal
+from objectives import RandomTokens
+from objectives.draws import draws
 from partitioning import UserError
 from partitioning import data as data_parallel
 
@@ -131,6 +134,46 @@ def test_causal_perplexity_by_brute_force(base, trunk, rows):
     found = base("causal")
     assert found["causal/bits_per_token"] == pytest.approx(nats / tokens / math.log(2), rel=1e-4)
     assert found["causal/bits_per_byte"] == pytest.approx(found["causal/bits_per_token"] * tokens / size, rel=1e-6)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_masked_likelihood_by_brute_force(judge, trunk, rows, before):
+    """Each hidden token's loss, taken from all states; with `before` from the state of the token before it."""
+    batch = {
+        name: np.stack([row[name] for row in rows(replace(records(), epochs=1), LENGTH)])
+        for name in ("tokens", "segments", "positions", "row")
+    }
+    count = len(batch["tokens"])
+    key = draws(jax.random.key(0), 0, jnp.arange(count), count)
+    hide = RandomTokens(rate=0.3)(batch, VOCABULARY, step=0, key=key)
+    seen = np.where(np.asarray(hide.hidden(LENGTH)), VOCABULARY.mask, batch["tokens"])
+    hidden = trunk(seen, segments=batch["segments"], positions=batch["positions"], mask=Bidirectional()).hidden
+    logs = np.asarray(jax.nn.log_softmax(trunk.scores(hidden).logits()), np.float64)
+    losses = []
+    for row in range(count):
+        places = np.flatnonzero(np.asarray(hide.hidden(LENGTH))[row])
+        places = [p for p in places if not before or batch["positions"][row, p]]
+        losses.append([-logs[row, p - before, batch["tokens"][row, p]] / math.log(2) for p in places])
+    found = judge(replace(EVALUATORS["masked"], before=before, batch_size=2))
+    assert found["masked/bits_per_token"] == pytest.approx(np.mean([x for row in losses for x in row]), rel=1e-5)
+    np.testing.assert_allclose(found.examples["masked/bits_per_token"], [np.mean(x) for x in losses if x], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_an_examples_figures_are_those_of_it_alone(base, judge, rows, name):
+    """One number for each row that is read, in their order, whatever the batch size; and the names that are told before."""
+    found = base(name)
+    assert {*found} == {*EVALUATORS[name].figures}
+    alone = judge(replace(EVALUATORS[name], most_rows=1, batch_size=5))
+    for figure, each in found.examples.items():
+        assert each.shape == (len(rows(replace(records(), epochs=1), LENGTH)),)
+        assert alone.examples[figure].shape == (1,)
+        assert each[0] == pytest.approx(alone[figure], rel=1e-5)
+        assert found[figure] == pytest.approx(each.mean(), rel=0.2)
+    again = judge(replace(EVALUATORS[name], batch_size=3))
+    assert {k: v.tolist() for k, v in again.examples.items()} == {
+        k: pytest.approx(v.tolist(), rel=1e-5) for k, v in found.examples.items()
+    }
 
 
 def test_a_uniform_model_has_log2_of_the_vocabulary(judge):

@@ -62,8 +62,11 @@ def folder(tmp_path):
 
 def test_equal_texts_are_found(judge, folder):
     evaluator = Retrieval(folder=folder, split="test", length=32, batch_size=3)
-    assert judge(evaluator) == {"retrieval/ndcg@10": pytest.approx(1.0)}
-    assert judge(evaluator, devices=8) == judge(evaluator)
+    found = judge(evaluator)
+    assert found == {"retrieval/ndcg@10": pytest.approx(1.0)}
+    assert tuple(found) == evaluator.figures == tuple(found.examples)
+    assert found.examples["retrieval/ndcg@10"].tolist() == pytest.approx([1.0] * 5)
+    assert judge(evaluator, devices=8) == found
 
 
 def test_texts_go_to_the_expert_of_the_route(folder):
@@ -84,6 +87,8 @@ def test_an_encoder_that_sees_no_difference_finds_by_number_only(judge, folder):
     """Zero weights give zero vectors: every query ranks d0, d1, .. and finds its own at its number."""
     found = judge(Retrieval(folder=folder, split="test", length=32, k=3), scale=0.0)
     assert found == {"retrieval/ndcg@3": pytest.approx((1 + 1 / np.log2(3) + 1 / 2) / 5)}
+    # In the order of the data.
+    assert found.examples["retrieval/ndcg@3"].tolist() == pytest.approx([1, 1 / np.log2(3), 1 / 2, 0, 0])
 
 
 @pytest.mark.parametrize(("begin", "end"), [("bos", "eos"), (None, "eos"), ("cls", None)])

@@ -16,8 +16,9 @@ import pytest
 from launch import cli
 from launch.config import Shown
 from launch.sweep import Flops, Options, Sweep, Tokens, Values, folder
-from launch.sweep.budgets import Cost, Seconds, scaled
+from launch.sweep.budgets import Cost, Seconds, Spent, scaled
 from launch.sweep.loading import Asked
+from launch.sweep.logged import curve, learning_rates
 from launch.sweep.planning import cost_of, planned
 from launch.sweep.queue import Queue
 from launch.sweep.table import compared, table
@@ -61,6 +62,14 @@ evaluation.MaskedLikelihood.length = 16
 evaluation.MaskedLikelihood.rate = 0.3
 training.Run.checkpoint_every = 5
 """
+STAGED = BASE.replace(
+    "training.Run.steps = %steps",
+    """long_steps = 6
+training.Run.stages = [@a/training.Stage(), @b/training.Stage()]
+a/training.Stage.steps = %steps
+b/training.Stage.steps = %long_steps
+b/training.Stage.batch_size = 16""",
+)
 HEAD = "from __gin__ import dynamic_registration\nfrom launch import sweep\n"
 SWEEP = (
     HEAD
@@ -147,7 +156,7 @@ def shown(**bindings):
 
 
 def test_a_budget_pays_for_whole_runs_of_a_cost():
-    cost = Cost(steps=10, tokens=1000.0, flops=5e6, seconds=4.0)
+    cost = Cost((Spent(4, 400, 2e6), Spent(6, 600, 3e6)), 4.0)
     assert Tokens(500).share(cost) == 0.5
     assert Flops(1e7).share(cost) == 2.0
     assert Seconds(1.0).share(cost) == 0.25
@@ -186,15 +195,7 @@ def test_steps_follow_the_budget_by_the_arms_own_step(place, monkeypatch):
     assert low.cost.steps > high.cost.steps
     for one in (low, high):
         assert one.cost.flops == pytest.approx(1e9, rel=0.5 / one.cost.steps)
-    staged = BASE.replace(
-        "training.Run.steps = %steps",
-        """long_steps = 6
-training.Run.stages = [@a/training.Stage(), @b/training.Stage()]
-a/training.Stage.steps = %steps
-b/training.Stage.steps = %long_steps
-b/training.Stage.batch_size = 16""",
-    )
-    Path("base.gin").write_text(staged)
+    Path("base.gin").write_text(STAGED)
     cost = planned(sweep, sweep.arms()[0], None)
     # 8 steps of 8 rows and 6 of 16 are 2,560 tokens: the budget itself.
     assert [stage.stage.steps for stage in cost.plan.stages] == [8, 6]
@@ -236,7 +237,7 @@ def test_tokens_are_all_places_of_all_texts():
 
             return FlopCount(3.0, ("search",))
 
-    assert cost_of(Plan()) == Cost(steps=5, tokens=80.0, flops=15.0)
+    assert cost_of(Plan()) == Cost((Spent(5, 80, 15.0),))
     with pytest.raises(UserError, match="search loop as long as the data say"):
         cost_of(Plan(), Flops(1e9))
 
@@ -371,6 +372,30 @@ def test_jobs_are_commands_for_what_is_not_done(place, capsys, monkeypatch):
     assert "no run of this sweep" in capsys.readouterr().err
 
 
+def test_curves_and_rates_are_read_from_what_a_run_left(place, monkeypatch):
+    """Two stages: a step of the second costs twice as much, so a curve over tokens bends where one over steps does not."""
+    one_device(monkeypatch)
+    Path("base.gin").write_text(
+        STAGED.replace("checkpoint_every = 5", "checkpoint_every = 5\ntraining.Run.log_every = 1")
+    )
+    with pytest.raises(SystemExit):
+        cli.main(["sweep", "s.gin", "--out", "out", "--run", "rate=0.4/3"])
+    sweep, run = Asked(("s.gin",)).read(), folder.run_folder(place / "out", "rate=0.4", 3)
+    over = {per: curve(run, "loss", per=per) for per in ("steps", "tokens", "flops", "seconds")}
+    assert over["steps"].spent.tolist() == list(range(1, 15))
+    each = [128] * 8 + [256] * 6
+    assert over["tokens"].spent.tolist() == [sum(each[: i + 1]) for i in range(14)]
+    end = folder.result(place / "out", "rate=0.4", 3)
+    assert over["flops"].spent[-1] == pytest.approx(end["flops"])
+    assert 0 < over["seconds"].spent[-1] <= end["seconds"]["train"] + 1e-9
+    assert len({tuple(found.values) for found in over.values()}) == 1
+    assert curve(run, "masked/bits_per_token", per="tokens").spent.tolist() == [2560]
+    with pytest.raises(UserError, match="no figure 'los'"):
+        curve(run, "los", per="steps")
+    logged = curve(run, "learning_rate", per="steps")
+    assert learning_rates(planned(sweep, sweep.arms()[1], None).plan) == pytest.approx(logged.values, rel=1e-5)
+
+
 def test_the_table_calls_noise_noise_and_counts_what_is_done():
     sweep = {
         "metric": ["m", "min"],
@@ -431,8 +456,11 @@ def test_a_killed_sweep_goes_on_and_runs_no_arm_twice(place, monkeypatch):
     while not any(out.glob("arms/*/*/metrics.jsonl")) and first.poll() is None and time.time() < limit:
         time.sleep(0.05)
     time.sleep(random.uniform(0, 2.5))
-    first.send_signal(signal.SIGKILL)
-    ended(first)
+    asked = random.choice([signal.SIGKILL, signal.SIGTERM])
+    first.send_signal(asked)
+    status, said = ended(first)
+    # Asked to stop, it has its runs save, and that is no failure.
+    assert status in ((-signal.SIGKILL, 1) if asked == signal.SIGKILL else (0, 1)), said
     done = {path: path.stat().st_mtime_ns for path in out.glob("arms/*/*/result.json") if '"done"' in path.read_text()}
     status, said = ended(palmette(*words))
     assert status == 1, said
