@@ -19,6 +19,7 @@ import launch.hosts
 import launch.plan
 from launch.cli import main
 from launch.config import load
+from launch.sweep.loading import Asked
 from partitioning import topologies
 from training.run import Run
 
@@ -171,6 +172,9 @@ class Page:
         else:
             assert "from __gin__ import" in text, f"{block.place}: a fragment says `<!-- over: CONFIG -->`"
         Path("page.gin").write_text(text)
+        if "sweep.Sweep." in text:
+            Asked(("page.gin",)).read()
+            return
 
         def exercise(run):
             run.prepare()
@@ -200,6 +204,12 @@ class Page:
             self.made.add(words[words.index("--out") + 1])
         if (verb == "train" and (not self.whole or "--hosts" in words)) or verb == "pod":
             words = [*words, "--dry-run"]
+        elif verb == "sweep":
+            # An hour, or a print of commands: its arms are planned, in the short suite its description is read.
+            if not self.whole:
+                Asked(tuple(word for word in words if word.endswith(".gin"))).read()
+                return parsed(words)
+            words = [word for word in words if word not in ("--jobs", "--dry-run")] + ["--dry-run"]
         elif verb == "train" and "--profile" in words:
             pass
         elif not self.whole and verb not in ("train", "plan", *CHEAP):
@@ -239,11 +249,11 @@ def test_all_of_a_page_is_true(path, capsys):
 @pytest.mark.usefixtures("workplace")
 def test_the_readmes_config_and_script_are_one_run(tmp_path):
     """Both train, to the same loss."""
-    texts = {block.language: block.text for block in blocks(ROOT / "README.md") if block.language in ("gin", "python")}
-    Path("first.gin").write_text(texts["gin"])
+    first_of = {block.language: block.text for block in reversed(blocks(ROOT / "README.md"))}
+    Path("first.gin").write_text(first_of["gin"])
     first = load(["first.gin"], exercise=lambda run: run.abstract()).value.train(tmp_path / "gin")
     names: dict[str, Any] = {}
-    exec(texts["python"].replace('run.train("runs/python")', 'figures = run.train("python")'), names)
+    exec(first_of["python"].replace('run.train("runs/python")', 'figures = run.train("python")'), names)
     assert first["loss"] == names["figures"]["loss"]
 
 
