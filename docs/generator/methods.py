@@ -170,7 +170,9 @@ def entries(root: Path) -> list[Entry]:
                 if whole in found or (name not in exported and whole not in listed):
                     continue
                 value = getattr(importlib.import_module(file.removesuffix(".py").replace("/", ".")), name)
-                if name in exported and exported[name] is not value:
+                # Two files may have a name of their own that is the same: the one that is exported, or has a source, is meant.
+                meant = exported[name] is value if name in exported else "\nSource:" in inspect.cleandoc(value.__doc__)
+                if not meant:
                     continue
                 found[whole] = Entry(whole, file, value, _family(file))
     return list(found.values())
