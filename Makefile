@@ -10,7 +10,7 @@ RUN ?= runs/quickstart
 # No accelerator is asked for where one is not: tests run on eight fake CPU devices.
 TEST_ENV := JAX_PLATFORMS=cpu
 
-.PHONY: install lint browser test test-all test-pods quickstart bench chaos clean
+.PHONY: install lint browser test test-all test-pods quickstart docs bench chaos clean
 
 install: $(STAMP)
 
@@ -42,7 +42,7 @@ test: lint browser
 
 # The long tests too, against `transformers` itself and libtpu's compiler, and the other end of the supported stack: the newest Python with the newest jax.
 test-all: lint browser
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity,data,tpu]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity,data,tpu,wandb]'
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
 	@python3.13 -c '' 2>/dev/null || { echo 'make test-all: python3.13 does not start, expected one on PATH: it runs the suite with jax 0.12' >&2; exit 2; }
 	$(MAKE) VENV=.venv313 PYTHON=python3.13 install
@@ -66,6 +66,11 @@ quickstart: $(STAMP)
 	@echo 'run:         $(RUN)'
 	@echo 'TensorBoard: $(BIN)/tensorboard --logdir $(RUN)'
 	@echo 'checkpoints: $(RUN)/checkpoints'
+
+# The site, in site/: open site/index.html. A link that leads nowhere is an error.
+docs: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m docs.generator
+	$(BIN)/zensical build --strict --clean
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity]'

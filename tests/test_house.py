@@ -27,7 +27,10 @@ FORBIDDEN = re.compile(r"(^|_)(utils?|helpers?|common|misc|data2|stuff)(_|$)", r
 LONGEST = 500
 
 FILES = sorted(path for package in FLOORS for path in (ROOT / package).rglob("*.py"))
-PYTHON = [*FILES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+PYTHON = [
+    *FILES,
+    *(path for folder in ("tests", "benchmarks", "docs") for path in sorted((ROOT / folder).rglob("*.py"))),
+]
 
 
 def name(path: Path) -> str:

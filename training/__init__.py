@@ -19,3 +19,5 @@ from training.schedules import infinite as infinite
 from training.schedules import inverse_square_root as inverse_square_root
 from training.schedules import rewarm_redecay as rewarm_redecay
 from training.schedules import wsd as wsd
+from training.tensorboard import TensorBoard as TensorBoard
+from training.weights_and_biases import WeightsAndBiases as WeightsAndBiases

@@ -47,7 +47,7 @@ def train(
 
     Args:
       run: what to train.
-      out: gets `config.gin`, `environment.json`, `checkpoints/`, `metrics.jsonl` and TensorBoard events.
+      out: gets `config.gin`, `environment.json`, `checkpoints/`, `metrics.jsonl` and what its boards write.
       operative: the config's text, kept beside the run.
       debug: runs without jit and stops at the first NaN.
       watch: what else to write of the run's programs.
@@ -89,6 +89,9 @@ def follow(
     """
     store = Store(plan, str(out / "checkpoints"))
     watch, goodput = Watch() if watch is None else watch, Goodput() if goodput is None else goodput
+    if jax.process_index() == 0:
+        for board in plan.run.shown():
+            board.check()
     with held(out):
         return _trained(plan, store, out, operative, debug, watch, goodput)
 
@@ -118,7 +121,7 @@ def _trained(
     # 3. One program a stage, all compiled before the first step; then steps.
     with (
         store.checkpoints,
-        MetricWriter(out, step=start) as writer,
+        MetricWriter(out, step=start, boards=run.shown()) as writer,
         Progress(plan.steps, done=start, checkpoint_every=run.checkpoint_every, console=console()) as progress,
         Interrupt() as interrupt,
         Trace(watch, out) as trace,
@@ -126,6 +129,8 @@ def _trained(
     ):
         if not start:
             store.start(state)
+            if operative:
+                writer.text("config", operative)
         remaining = [stage for stage in plan.stages if stage.last > start]
         with goodput("compile"):
             programs = [_debugged(stage) if debug else _compiled(plan, stage, progress.say) for stage in remaining]

@@ -1,26 +1,21 @@
-"""Metrics of a run: lines of JSON for programs, TensorBoard events for people."""
+"""Metrics of a run: lines of JSON for programs, and what a config names for people, such as TensorBoard."""
 
 import json
 import math
 import os
-import time
-from collections.abc import Mapping
-from contextlib import closing, nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from partitioning.errors import UserError
+from training.boards import Board, Boards
 
 FILE = "metrics.jsonl"
-FLUSH_S = 60.0
-"""Between two flushes of TensorBoard's file; that for programs is flushed at every line."""
-BINS = 30
-"""Of a histogram."""
 
 
 def group_norms(flat: Mapping[str, Array], *, depth: int = 2) -> dict[str, Float[Array, ""]]:
@@ -80,71 +75,26 @@ def keep_until(path: Path, step: int) -> None:
     os.replace(aside, path)
 
 
-class Events:
-    """TensorBoard's file, written by the caller's thread, which meets a full disk itself.
-
-    tensorboardX's own writer leaves that to a thread: a full disk ends the thread, and calls then wait for it for ever.
-
-    Args:
-      folder: of the file.
-      suffix: of its name.
-      purge: readers forget earlier files' events from this step on; None for nothing.
-    """
-
-    def __init__(self, folder: Path, suffix: str, *, purge: int | None):
-        from tensorboardX import event_file_writer, summary
-        from tensorboardX.proto import event_pb2
-
-        self._make, self._event = summary, event_pb2.Event
-        self._file = event_file_writer.EventsWriter(str(folder / "events"), suffix)
-        self._flushed = time.monotonic()
-        if purge is not None:
-            self._add(purge, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
-
-    def add(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds numbers by name, at one step, and lists of numbers as histograms."""
-        for name, value in values.items():
-            if isinstance(value, list):
-                finite = [number for number in map(float, value) if math.isfinite(number)]
-                if finite:
-                    self._add(step, summary=self._make.histogram(name, np.asarray(finite), bins=BINS))
-            else:
-                self._add(step, summary=self._make.scalar(name, float(value)))
-        if time.monotonic() - self._flushed > FLUSH_S:
-            self._file.flush()
-            self._flushed = time.monotonic()
-
-    def text(self, step: int, name: str, value: str) -> None:
-        """Adds a text."""
-        self._add(step, summary=self._make.text(name, value))
-
-    def close(self) -> None:
-        """Flushes and closes the file."""
-        self._file.close()
-
-    def _add(self, step: int, **what: Any) -> None:
-        self._file.write_event(self._event(wall_time=time.time(), step=step, **what))
-
-
 class MetricWriter:
-    """Writes a run's figures to `metrics.jsonl` and to TensorBoard event files in the same folder.
+    """Writes a run's figures to `metrics.jsonl` in its folder, and to the boards that a config names.
 
     The first process writes; the others' calls do nothing. A line is `{"step": ..., name: value, ...}`; arrays are lists
-    there, and histograms in TensorBoard.
+    there, and histograms on boards.
 
     Args:
       folder: made if it is not there.
       step: steps done before the first that will be written; what an earlier start wrote after it is dropped, so that
         a resumed run has each step once.
+      boards: where else figures go.
 
     Raises:
-      UserError: the folder is a file, or cannot be written to.
+      UserError: the folder is a file, or cannot be written to, or a board cannot be opened.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, step: int = 0):
+    def __init__(self, folder: str | os.PathLike, *, step: int = 0, boards: Sequence[Boards] = ()):
         self.folder = Path(folder)
         self._file: Any = None
-        self._events: Any = None
+        self._boards: list[Board] = []
         if jax.process_index() != 0:
             return
         try:
@@ -153,17 +103,20 @@ class MetricWriter:
             self._file = (self.folder / FILE).open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{self.folder}: metrics cannot be written there: {error.strerror}") from None
-        # Events cannot be cut; a purge step makes readers forget those after it. File names begin with the second they
-        # were made in and are read in order: the suffix keeps a start within the same second apart, and behind.
-        suffix = f".{step:012d}.{os.getpid()}.{time.time_ns()}"
-        self._events = Events(self.folder, suffix, purge=step + 1 if step else None)
+        try:
+            for board in boards:
+                self._boards.append(board.open(self.folder, step=step))
+        except BaseException:
+            with suppress(UserError):
+                self.close(failed=True)
+            raise
 
     def write(self, step: int, figures: Mapping[str, Any]) -> None:
         """Appends one step's figures: numbers, or arrays of no axes or one (waits for them).
 
         Args:
           step: steps done, this one included.
-          figures: by name; names with "/" are grouped by TensorBoard.
+          figures: by name; names with "/" are grouped by boards.
 
         Raises:
           UserError: the disk is full.
@@ -171,34 +124,51 @@ class MetricWriter:
         if self._file is None:
             return
         values = {name: _json(value) for name, value in figures.items()}
-        try:
+        with self._one_line():
             self._file.write(json.dumps({"step": step} | values) + "\n")
             self._file.flush()
-            self._events.add(step, values)
-        except OSError as error:
-            # What is left in the buffers is not tried again at the end.
-            with suppress(UserError):
-                self.close()
-            raise self._unwritten(error) from None
+            for board in self._boards:
+                board.add(step, values)
 
     def text(self, name: str, value: str, *, step: int = 0) -> None:
-        """Adds a text, such as the config, to the TensorBoard events."""
-        if self._events is not None:
-            self._events.text(step, name, value)
-
-    def close(self) -> None:
-        """Flushes and closes both.
+        """Adds a text, such as the config, to the boards.
 
         Raises:
           UserError: the disk is full.
         """
-        file, events, self._file, self._events = self._file, self._events, None, None
+        with self._one_line():
+            for board in self._boards:
+                board.text(step, name, value)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Flushes and closes all.
+
+        Args:
+          failed: whether an error ended the run, which boards may show.
+
+        Raises:
+          UserError: the disk is full.
+        """
+        file, boards, self._file, self._boards = self._file, self._boards, None, []
         if file is None:
             return
         try:
-            with closing(events):
-                file.close()
+            # Each is closed, whatever another one raises.
+            with ExitStack() as stack:
+                for board in boards:
+                    stack.callback(board.close, failed=failed)
+                stack.callback(file.close)
         except OSError as error:
+            raise self._unwritten(error) from None
+
+    @contextmanager
+    def _one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # What is left in the buffers is not tried again at the end.
+            with suppress(UserError):
+                self.close(failed=True)
             raise self._unwritten(error) from None
 
     def _unwritten(self, error: OSError) -> UserError:
@@ -210,4 +180,4 @@ class MetricWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # What ended the run is said, not what that entails.
         with suppress(UserError) if kind else nullcontext():
-            self.close()
+            self.close(failed=kind is not None)

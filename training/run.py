@@ -14,9 +14,11 @@ from objectives.controller import Controller
 from partitioning import Rules, UserError
 from partitioning import data as data_parallel
 from partitioning.ranges import Range, check_fields
+from training.boards import Boards
 from training.ema import Ema
 from training.guard import Guard
 from training.optimizers import Optimizer
+from training.tensorboard import TensorBoard
 
 Whole = Annotated[int, Range(1, 1 << 40)]
 
@@ -107,6 +109,7 @@ class Run:
         scanned have one path: `models.Trunk.scan = False` gives each its own.
       evaluators: called every `evaluate_every` steps and at the end.
       controllers: called every so many steps with reduced statistics.
+      boards: where people look at figures, beside `metrics.jsonl`; None for TensorBoard alone.
       unused_after: steps after which an expert that no token has come to is told of, by layer and number.
       checkpoint_every, evaluate_every, log_every: in steps; a checkpoint is always written at the end.
       keep: newest checkpoints kept.
@@ -136,6 +139,7 @@ class Run:
     freeze: Sequence[str] = ()
     evaluators: Sequence[Evaluator] = ()
     controllers: Sequence[Controller] = ()
+    boards: Sequence[Boards] | None = None
     unused_after: Whole = 100
     checkpoint_every: Whole = 1000
     evaluate_every: Whole = 1000
@@ -173,6 +177,10 @@ class Run:
     def placed(self) -> Rules:
         """The rules, data parallel where none are given."""
         return data_parallel() if self.rules is None else self.rules
+
+    def shown(self) -> Sequence[Boards]:
+        """The boards, TensorBoard where none are named."""
+        return (TensorBoard(),) if self.boards is None else self.boards
 
     def plan(self, devices: Sequence[Any] | None = None) -> Any:
         """Checks everything and plans every stage; see `training.plan.Plan`."""

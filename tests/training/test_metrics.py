@@ -14,6 +14,7 @@ from rich.console import Console
 from partitioning.errors import UserError
 from training.metrics import FILE, MetricWriter, group_norms
 from training.progress import Pace, Progress, clock_time
+from training.tensorboard import TensorBoard
 
 
 def lines(folder):
@@ -30,7 +31,7 @@ def events(folder, name, kind="Scalars"):
 
 
 def test_both_files_hold_what_was_written(tmp_path):
-    with MetricWriter(tmp_path / "new") as writer:
+    with MetricWriter(tmp_path / "new", boards=[TensorBoard()]) as writer:
         load = jnp.asarray([0.25, 1 / 3, jnp.nan])
         writer.write(1, {"loss/mlm": jnp.float32(2.5), "learning_rate": 0.1, "rows": np.int64(4), "load": load})
         writer.write(2, {"loss/mlm": jnp.float32(jnp.nan), "learning_rate": float("inf")})
@@ -45,12 +46,12 @@ def test_both_files_hold_what_was_written(tmp_path):
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path):
-    with MetricWriter(tmp_path) as writer:
+    with MetricWriter(tmp_path, boards=[TensorBoard()]) as writer:
         for step in range(1, 8):
             writer.write(step, {"loss": step})
     with (tmp_path / FILE).open("a") as file:
         file.write('{"step": 8, "lo')
-    with MetricWriter(tmp_path, step=5) as writer:
+    with MetricWriter(tmp_path, step=5, boards=[TensorBoard()]) as writer:
         for step in range(6, 10):
             writer.write(step, {"loss": 10 * step})
     expected = [*range(1, 6), 60, 70, 80, 90]
@@ -81,7 +82,7 @@ def test_a_full_disk_is_one_line(tmp_path, names, size):
     """At whichever file it is met, and never waited for; what the buffers still hold is not tried again at the end."""
 
     def run():
-        with room(size), MetricWriter(tmp_path) as writer:
+        with room(size), MetricWriter(tmp_path, boards=[TensorBoard()]) as writer:
             for step in range(1, 400):
                 writer.write(step, {f"loss/{i}": 1.0 for i in range(names)})
 
@@ -91,7 +92,7 @@ def test_a_full_disk_is_one_line(tmp_path, names, size):
 
 def test_what_ended_the_run_is_said_and_not_the_full_disk(tmp_path):
     def run():
-        with room(2000), MetricWriter(tmp_path) as writer:
+        with room(2000), MetricWriter(tmp_path, boards=[TensorBoard()]) as writer:
             writer.write(1, {"loss": 1.0})
             writer.text("config", "a" * 4000)
             raise ValueError("left")
