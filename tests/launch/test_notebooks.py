@@ -18,7 +18,7 @@ SMALL = {
     },
     "read_an_ablation": {"SEEDS": [0, 1], "STEPS": 3},
 }
-SHORT = ("first_run", "write_an_objective")
+SHORT = ("first_run",)
 LONG = [pytest.param(p, marks=() if p.stem in SHORT else pytest.mark.long, id=p.stem) for p in NOTEBOOKS]
 
 

@@ -439,6 +439,7 @@ def ended(process):
     return process.returncode, said
 
 
+@pytest.mark.long
 def test_a_killed_sweep_goes_on_and_runs_no_arm_twice(place, monkeypatch):
     """Killed at a random moment. What was done is not touched, what was cut goes on, and the figures are those of runs alone."""
     Path("s.gin").write_text(
