@@ -29,6 +29,7 @@ from benchmarks.several import CONFIG, EVERY, STEPS, Several, steps
 DAMAGED = ("a truncated file", "a flipped bit", "no newest folder")
 FAULTS = ("kill -9", "SIGTERM", "a full disk", "a folder that vanishes meanwhile", *DAMAGED)
 ROOM = 16_384
+PATIENCE = 4
 HEAD = (
     "fault",
     "runs",
@@ -147,7 +148,7 @@ def hit(run: Several, fault: str, host: int, draw: random.Random) -> float:
     return time.monotonic() - begin
 
 
-def disturbed(seed: int, config: Path, out: Path, whole: tuple[dict, list]) -> Outcome:
+def disturbed(seed: int, config: Path, out: Path, whole: tuple[dict, list], patience: int) -> Outcome:
     """One run of the campaign.
 
     Raises:
@@ -155,10 +156,10 @@ def disturbed(seed: int, config: Path, out: Path, whole: tuple[dict, list]) -> O
     """
     draw = random.Random(seed)
     fault, host = FAULTS[seed % len(FAULTS)], draw.randrange(2)
-    run = Several(config, out, fork=True)
+    run = Several(config, out, fork=True, patience=patience)
     seconds = hit(run, fault, host, draw)
     at, there = reached(out), steps(out)
-    again = Several(config, out, fork=True)
+    again = Several(config, out, fork=True, patience=patience)
     assert again.end() == [0, 0], again.words()
     words = re.search(r"goes on from the checkpoint of step (\d+)", again.said[0].read_text())
     began = int(words[1]) if words else 0
@@ -170,8 +171,10 @@ def disturbed(seed: int, config: Path, out: Path, whole: tuple[dict, list]) -> O
     return outcome
 
 
-def campaign(seeds: Sequence[int], say: Callable[[str], None]) -> tuple[list[Outcome], dict[int, str]]:
-    """The run that is left alone, and then the others; Ctrl-C ends it early.
+def campaign(
+    seeds: Sequence[int], say: Callable[[str], None], patience: int = PATIENCE
+) -> tuple[list[Outcome], dict[int, str]]:
+    """The run that is left alone, and then the others, whose hosts have this patience; Ctrl-C ends it early.
 
     Returns:
       What became of the runs that went on as they should, and what was wrong with the others, by seed.
@@ -186,13 +189,13 @@ def campaign(seeds: Sequence[int], say: Callable[[str], None]) -> tuple[list[Out
         folder = Path(name)
         config = folder / "chaos.gin"
         config.write_text(CONFIG)
-        alone = Several(config, folder / "alone", fork=True)
+        alone = Several(config, folder / "alone", fork=True, patience=patience)
         assert alone.end() == [0, 0], alone.words()
         whole = ended(folder / "alone")
         with suppress(KeyboardInterrupt):
             for seed in seeds:
                 try:
-                    found.append(disturbed(seed, config, folder / str(seed), whole))
+                    found.append(disturbed(seed, config, folder / str(seed), whole, patience))
                     say(str(found[-1]))
                 except (AssertionError, OSError) as error:
                     wrong[seed] = f"{FAULTS[seed % len(FAULTS)]}: {error}"
@@ -203,7 +206,8 @@ def campaign(seeds: Sequence[int], say: Callable[[str], None]) -> tuple[list[Out
 
 def sample(seeds: Sequence[int]) -> tuple[int, dict[int, str]]:
     """A few runs, for the test: how many went on as they should, and what was wrong with the others."""
-    found, wrong = campaign(seeds, lambda line: print(line, file=sys.stderr, flush=True))
+    # Other tests share the cores: a host may be slow to end, and is not gone.
+    found, wrong = campaign(seeds, lambda line: print(line, file=sys.stderr, flush=True), patience=4 * PATIENCE)
     return len(found), wrong
 
 
@@ -274,7 +278,7 @@ def write(seeds: list[int], found: list[Outcome], wrong: dict[int, str], minutes
                 )
             )
     body = f"""
-Runs of {STEPS} steps on two hosts of this machine, a checkpoint every {EVERY} steps, patience of 4 s. Each is hit once, at a
+Runs of {STEPS} steps on two hosts of this machine, a checkpoint every {EVERY} steps, patience of {PATIENCE} s. Each is hit once, at a
 moment and on a host drawn from its seed, from the time that the hosts have met; then both are started again. Faults take
 turns, `seed mod {len(FAULTS)}`. A harmed checkpoint is the newest, all hosts killed; 'steps lost' were taken, and taken again.
 A fault may cost an interval and the steps taken while the checkpoint at its end was being written, which are an interval at
