@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,6 +24,7 @@ from launch.sweep.planning import cost_of, planned
 from launch.sweep.queue import Queue
 from launch.sweep.table import compared, table
 from partitioning import UserError
+from training.flops import FlopCount
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = """from __gin__ import dynamic_registration
@@ -217,29 +219,14 @@ def test_a_budget_of_time_is_measured_once(place, monkeypatch):
 
 
 def test_tokens_are_all_places_of_all_texts():
-    class Leaf:
-        def __init__(self, size):
-            self.size = size
-
-    class Plan:
-        steps = 5
-
-        class stage:  # noqa: N801
-            first, batch = 0, {"query/segments": Leaf(6), "query/tokens": Leaf(6), "positive/segments": Leaf(10)}
-
-            class stage:  # noqa: N801
-                steps = 5
-
-        stages = (stage,)
-
-        def once(self, name, make):
-            from training.flops import FlopCount
-
-            return FlopCount(3.0, ("search",))
-
-    assert cost_of(Plan()) == Cost((Spent(5, 80, 15.0),))
+    leaf = lambda size: SimpleNamespace(size=size)
+    batch = {"query/segments": leaf(6), "query/tokens": leaf(6), "positive/segments": leaf(10)}
+    stage = SimpleNamespace(first=0, batch=batch, stage=SimpleNamespace(steps=5))
+    flops = FlopCount(3.0, ("search",))
+    plan = SimpleNamespace(steps=5, stages=(stage,), once=lambda name, make: flops)
+    assert cost_of(plan) == Cost((Spent(5, 80, 15.0),))
     with pytest.raises(UserError, match="search loop as long as the data say"):
-        cost_of(Plan(), Flops(1e9))
+        cost_of(plan, Flops(1e9))
 
 
 # Who runs what.
