@@ -6,6 +6,7 @@ from objectives.base import Loss as Loss
 from objectives.base import Models as Models
 from objectives.base import Objective as Objective
 from objectives.base import Term as Term
+from objectives.bow import BagOfWords as BagOfWords
 from objectives.causal_lm import CausalLM as CausalLM
 from objectives.cm3 import CM3 as CM3
 from objectives.compose import Phases as Phases
