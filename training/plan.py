@@ -16,6 +16,7 @@ from models.vocabulary import Vocabulary
 from objectives.base import Companion
 from partitioning import Placement, UserError
 from training.init_from import Initial, initial_values
+from training.programs import for_one_run
 from training.run import Part, Run
 from training.state import State, abstract_state, state_shardings
 from training.step import Step
@@ -208,8 +209,9 @@ class Plan:
                 **values,
             )
 
+        options = for_one_run(self.placement.mesh)
         with self.placement.scope():
-            made = self.once("init", lambda: jax.jit(make, out_shardings=self.shardings))
+            made = self.once("init", lambda: jax.jit(make, out_shardings=self.shardings, compiler_options=options))
             return made(given, np.uint32(run.seed))
 
     def exercise(self) -> None:

@@ -82,20 +82,23 @@ def claim(out: Path, config: str, sweep: Sweep) -> None:
 
 @contextmanager
 def claimed(out: Path, config: str, sweep: Sweep) -> Iterator[None]:
-    """A folder that is this sweep's for the block; what is refused before any run has begun leaves nothing in it.
+    """A folder that is this sweep's for the block; what is refused before any run has begun leaves it as it was.
 
     Raises:
       UserError: as `claim`.
     """
-    fresh = not (out / "sweep.json").exists()
+    path = out / "sweep.json"
+    before = path.read_text(encoding="utf-8") if path.exists() else None
     claim(out, config, sweep)
     try:
         yield
     except UserError:
-        if fresh and not any((out / "arms").glob("*/*/")):
+        if before is not None:
+            path.write_text(before, encoding="utf-8")
+        elif not any((out / "arms").glob("*/*/")):
             shutil.rmtree(out / "arms", ignore_errors=True)
-            for path in (out / "sweep.json", *out.glob("worker_*.log")):
-                path.unlink(missing_ok=True)
+            for file in (path, *out.glob("worker_*.log")):
+                file.unlink(missing_ok=True)
         raise
 
 

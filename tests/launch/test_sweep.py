@@ -334,6 +334,10 @@ def test_a_folder_is_one_sweeps(place):
     ):
         with pytest.raises(UserError, match=f"holds another sweep.*{words}"):
             folder.claim(place / "out", "s.gin", Asked(("s.gin",), (override,)).read())
+    before = (place / "out" / "sweep.json").read_text()
+    with pytest.raises(UserError, match="refused later"), folder.claimed(place / "out", "s.gin", sweep):
+        raise UserError("refused later")
+    assert (place / "out" / "sweep.json").read_text() == before
     (place / "run").mkdir()
     (place / "run" / "config.gin").write_text("")
     with pytest.raises(UserError, match="something else than a sweep"):

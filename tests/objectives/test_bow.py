@@ -120,7 +120,7 @@ def test_trained_states_name_their_documents_tokens():
             change, moments = rule.update(gradient, moments)
             return (optax.apply_updates(states, change), moments), None
 
-        return jax.lax.scan(step, (states, rule.init(states)), jnp.arange(80))[0][0]
+        return jax.lax.scan(step, (states, rule.init(states)), jnp.arange(300))[0][0]
 
     before, after = coverage(states), coverage(train(states))
     assert before < 0.5
