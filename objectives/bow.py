@@ -64,8 +64,8 @@ class BagOfWords(Masking):
 
     def __call__(self, models, batch, *, step, key):
         """See `Objective.__call__`."""
-        text = [batch[name] for name in ("tokens", "segments", "positions")]
-        (tokens, segments, positions), trunk = text, models.trunk
+        tokens, segments, positions = (batch[name] for name in ("tokens", "segments", "positions"))
+        trunk = models.trunk
         hidden, seen = self.hide(batch, trunk, step=step, key=key)
         most = min(self.most, tokens.shape[1])
         first = starts(segments, positions, most)
@@ -81,7 +81,7 @@ class BagOfWords(Masking):
         masked, states = jnp.split(out.hidden, [hidden.positions.shape[1]], axis=1)
         mlm, accuracy = self.penalty(trunk.scores(masked), hidden.gather(tokens), hidden.weight)
 
-        bag = bags(*text, trunk.vocabulary, most)
+        bag = bags(tokens, segments, positions, trunk.vocabulary, most)
         size = bag.sum(-1)
         weight = first.weight * (size > 0)
         logits = trunk.scores(states).logits()
