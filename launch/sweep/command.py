@@ -89,7 +89,6 @@ def local(asked: Asked, out: Path, processes: int | None) -> int:
     # This process only hands out work: a device that it took would be missing to the workers.
     jax.config.update("jax_platforms", "cpu")
     sweep = asked.read()
-    _check(sweep, asked.allow_import)
     with held(out), folder.claimed(out, asked.paths[0], sweep):
         waiting = _waiting(sweep, out)
         total = len(sweep.arms()) * len(sweep.seeds)
@@ -101,6 +100,8 @@ def local(asked: Asked, out: Path, processes: int | None) -> int:
             with Pool(asked, out, workers) as pool:
                 before = signal.signal(signal.SIGTERM, lambda *_: pool.stop())
                 try:
+                    # While the workers still import.
+                    _check(sweep, asked.allow_import)
                     failed = _worked(sweep, pool, waiting, total)
                 finally:
                     signal.signal(signal.SIGTERM, before)
