@@ -14,39 +14,6 @@ from launch import cli
 ROOT = Path(__file__).resolve().parents[2]
 PODS = sorted((ROOT / "configs" / "pods").glob("*.gin"))
 
-SMALL = """
-from __gin__ import dynamic_registration
-import data
-import models
-import objectives
-import partitioning
-import training
-training.Run.data = @data.Described()
-data.Described.vocabulary = 250
-training.Run.objective = @objectives.CausalLM()
-training.Run.model = @models.Trunk
-models.Trunk.width = 128
-models.Trunk.layers = 1
-models.Trunk.mixer = @models.Attention
-models.Attention.heads = 2
-training.Run.rules = @partitioning.fsdp()
-training.Run.steps = 10
-training.Run.batch_size = 8
-training.Run.length = 128
-training.Run.clip = None
-training.Run.guard = None
-training.Run.optimizer = @training.AdamW()
-training.AdamW.learning_rate = 1e-3
-"""
-
-
-@pytest.fixture
-def small(tmp_path):
-    """A config that is planned in seconds."""
-    path = tmp_path / "small.gin"
-    path.write_text(SMALL)
-    return path
-
 
 def palmette(*arguments):
     """The command in a process of its own: libtpu refuses XLA's flags for CPUs."""
@@ -93,10 +60,10 @@ def test_between_slices_only_gradients_go(small, tmp_path):
 
 
 @pytest.mark.long
-def test_linear_layers_pass_states_and_no_tokens(tmp_path):
+def test_linear_layers_pass_states_and_no_tokens(small, tmp_path):
     """What is gathered along cut rows does not grow with them; of softmax layers it does."""
     path, gathered = tmp_path / "rows.gin", {}
-    cut = SMALL.replace(
+    cut = small.read_text().replace(
         "@partitioning.fsdp()", "@partitioning.fsdp_sequence()\npartitioning.fsdp_sequence.sequence = 2"
     )
     for kind in ("LightningAttention", "Attention"):
