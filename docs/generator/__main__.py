@@ -11,12 +11,11 @@ from docs.generator.methods import entries, method_pages
 from docs.generator.notebooks import notebook_pages
 
 ROOT = Path(__file__).resolve().parents[2]
-LEDGER = "# Ledger\n\nNo sweep has been entered yet.\n"
 
 
 def pages() -> dict[str, str]:
     """All pages by path, links between them set."""
-    found = {"index.md": (ROOT / "README.md").read_text(encoding="utf-8"), "ledger.md": LEDGER}
+    found = {"index.md": (ROOT / "README.md").read_text(encoding="utf-8")}
     found |= {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
     found["results.md"] = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
     found["configs.md"] = config_page(ROOT / "configs")
