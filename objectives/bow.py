@@ -18,10 +18,15 @@ from objectives.select import Selection
 from partitioning.ranges import Range, check_fields
 
 
+def begins(segments: Int[Array, "B S"], positions: Int[Array, "B S"]) -> Bool[Array, "B S"]:
+    """Which tokens are the first of a document."""
+    return (segments > 0) & (positions == 0)
+
+
 def starts(segments: Int[Array, "B S"], positions: Int[Array, "B S"], most: int) -> Selection:
     """The first tokens of a row's first `most` documents."""
     length = segments.shape[1]
-    slots = jnp.where((segments > 0) & (positions == 0), jnp.arange(length), length)
+    slots = jnp.where(begins(segments, positions), jnp.arange(length), length)
     slots = jnp.sort(slots, axis=1)[:, :most]
     used = slots < length
     return Selection(jnp.where(used, slots, 0), used.astype(jnp.float32))
@@ -35,7 +40,7 @@ def bags(
     most: int,
 ) -> Bool[Array, "B K V"]:
     """Which ordinary tokens occur in each of a row's first K = `most` documents."""
-    which = jnp.cumsum((segments > 0) & (positions == 0), axis=1) - 1
+    which = jnp.cumsum(begins(segments, positions), axis=1) - 1
     # What does not count is written past the last document, where the write is dropped.
     which = jnp.where((segments > 0) & ~vocabulary.is_special(tokens), which, most)
     empty = jnp.zeros((most, vocabulary.size), bool)
@@ -88,7 +93,6 @@ class BagOfWords(Masking):
         named = jnp.sum(logits, axis=-1, where=bag) / jnp.maximum(size, 1)
         each = (jax.nn.logsumexp(logits, axis=-1) - named) * weight
         right = jnp.take_along_axis(bag, logits.argmax(-1, keepdims=True), axis=-1)[..., 0] * weight
-        documents = ((segments > 0) & (positions == 0)).sum()
         bow = Term(each.sum(), weight.sum(), 1.0, (jax.lax.stop_gradient(each.sum(1)), weight.sum(1)))
         return Loss(
             {
@@ -96,6 +100,6 @@ class BagOfWords(Masking):
                 "accuracy": accuracy,
                 "bow": bow,
                 "bow_accuracy": metric(right.sum(), weight.sum()),
-                "asked": metric(first.weight.sum(), documents),
+                "asked": metric(first.weight.sum(), begins(segments, positions).sum()),
             }
         )

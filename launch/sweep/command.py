@@ -102,7 +102,7 @@ def local(asked: Asked, out: Path, processes: int | None) -> int:
                 try:
                     # While the workers still import.
                     _check(sweep, asked.allow_import)
-                    failed = _worked(sweep, pool, waiting, total)
+                    failed = [] if pool.stopping else _worked(sweep, pool, waiting, total)
                 finally:
                     signal.signal(signal.SIGTERM, before)
                 if pool.stopping:
