@@ -76,12 +76,20 @@ def most_lost(fault: str) -> int:
     return EVERY * (3 if fault in DAMAGED else 2)
 
 
-def ended(out: Path) -> tuple[dict, list]:
-    """The last checkpoint's leaves with their checksums, and every step's metrics; where the time went is no metric."""
+def ended(out: Path) -> tuple[dict, dict[int, dict]]:
+    """The last checkpoint's leaves with their checksums, and metrics by step; where the time went is no metric.
+
+    A stop saves where the run left alone does not, and says there again what was spent: steps are compared, not lines.
+    """
     record = json.loads((out / "checkpoints" / str(STEPS) / "metadata" / "metadata").read_text())
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    timeless = [{k: v for k, v in row.items() if not k.startswith(("goodput/", "hosts/"))} for row in rows]
-    return record["leaves"], [row for row in timeless if set(row) != {"step"}]
+    metrics: dict[int, dict] = {}
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        known = metrics.setdefault(row["step"], {})
+        for name, value in row.items():
+            if not name.startswith(("goodput/", "hosts/")):
+                assert known.setdefault(name, value) == value, f"step {row['step']}: {name} {known[name]} and {value}"
+    return record["leaves"], metrics
 
 
 def reached(out: Path) -> int:
@@ -148,7 +156,7 @@ def hit(run: Several, fault: str, host: int, draw: random.Random) -> float:
     return time.monotonic() - begin
 
 
-def disturbed(seed: int, config: Path, out: Path, whole: tuple[dict, list], patience: int) -> Outcome:
+def disturbed(seed: int, config: Path, out: Path, whole: tuple[dict, dict], patience: int) -> Outcome:
     """One run of the campaign.
 
     Raises:
