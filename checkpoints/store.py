@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import jax
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from checkpoints.agreement import first_fault
 from checkpoints.barrier import barrier
 from checkpoints.faults import Background, BrokenError, writing
+from checkpoints.folder import place
 from checkpoints.frozen import Frozen
 from checkpoints.leaves import (
     NAMED_AT_MOST,
@@ -77,11 +77,7 @@ class Checkpoints(Frozen):
 
         if keep < 1 or (every is not None and every < 1):
             raise UserError(f"checkpoints: keep ({keep}) and every ({every}) must be 1 or more")
-        if in_bucket(folder) and not str(folder).startswith("gs://"):
-            raise UserError(f"checkpoints in {folder}: expected a local folder or gs://BUCKET/FOLDER")
-        if in_bucket(folder) and find_spec("gcsfs") is None:
-            raise UserError(f"checkpoints in {folder}: gcsfs is not installed: pip install 'palmette[gcs]'")
-        path = epath.Path(folder)
+        path = epath.Path(place(folder))
         self.folder = path if in_bucket(folder) else path.expanduser().absolute()
         for part in (self.folder, *self.folder.parents):
             if part.exists():

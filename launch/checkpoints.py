@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,17 @@ from partitioning.errors import UserError
 
 app = typer.Typer(help="Look at a run's checkpoints, check, average and rewrite them.", no_args_is_help=True)
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
+
+def place(address: str) -> Path:
+    """A folder to read, of the file system or of a bucket."""
+    from checkpoints import folder
+
+    return folder.place(address)
+
+
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run's folder, local or gs://.", parser=place, show_default=False)
+]
 Steps = Annotated[list[int] | None, typer.Option("--step", help="Of which step; may be given again.", min=0)]
 Out = Annotated[Path, typer.Option(help="The run's folder to write.", show_default=False)]
 
@@ -25,14 +36,13 @@ def list_(run: RunFolder) -> None:
 
     store = _opened(run)
     for step in store.steps():
-        files = [path.stat() for path in (run / "checkpoints" / str(step)).rglob("*") if path.is_file()]
-        size = sum(file.st_size for file in files)
+        size, written = _size(store.folder / str(step))
         try:
             record = store.record(step)
         except BrokenError as error:
             typer.echo(f"{step:>9}  {_mib(size)}  broken: {error}")
             continue
-        when = datetime.fromtimestamp(max(file.st_mtime for file in files)).strftime("%Y-%m-%d %H:%M:%S")
+        when = datetime.fromtimestamp(written).strftime("%Y-%m-%d %H:%M:%S")
         figures = "  ".join(f"{name} {value:.4f}" for name, value in record["metadata"].get("figures", {}).items())
         typer.echo(f"{step:>9}  {_mib(size)}  {when}  {len(record['leaves'])} arrays  {figures}".rstrip())
 
@@ -81,6 +91,7 @@ def reshard(
     """
     import jax
 
+    from checkpoints.folder import checkpoints_in
     from launch.config import load
     from training.store import Store
 
@@ -88,8 +99,8 @@ def reshard(
     _new(out)
     resolved = load([str(run / "config.gin")], overrides or [], allow_import=allow_import or ())
     plan = resolved.value.plan()
-    state, control = Store(plan, str(run / "checkpoints")).restore()
-    written = Store(plan, str(out / "checkpoints"))
+    state, control = Store(plan, checkpoints_in(run)).restore()
+    written = Store(plan, checkpoints_in(out))
     with written.checkpoints:
         written.start(state)
         written.save(state, control)
@@ -99,9 +110,10 @@ def reshard(
 
 
 def _opened(run: Path) -> Any:
+    from checkpoints.folder import checkpoints_in
     from checkpoints.store import Checkpoints
 
-    store = Checkpoints(str(run / "checkpoints"))
+    store = Checkpoints(checkpoints_in(run))
     if not store.steps():
         raise UserError(f"{run}: has no checkpoints, expected the folder of a run")
     return store
@@ -118,6 +130,20 @@ def _chosen(store: Any, run: Path, asked: list[int] | None) -> list[int]:
 def _new(out: Path) -> None:
     if out.exists():
         raise UserError(f"{out}: is there already: expected a new folder")
+
+
+def _below(folder: Any) -> Iterator[Any]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _below(path)
+        else:
+            yield path
+
+
+def _size(folder: Any) -> tuple[int, float]:
+    """Bytes of a checkpoint's files, in whatever store they are, and when the last was written."""
+    files = [path.stat() for path in _below(folder)]
+    return sum(file.length for file in files), max(file.mtime for file in files)
 
 
 def _mib(size: int) -> str:

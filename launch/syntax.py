@@ -14,6 +14,7 @@ from typing import Any
 
 from gin import config_parser
 
+from checkpoints.folder import place
 from partitioning.errors import UserError
 
 FEATURE = "__gin__.dynamic_registration"
@@ -150,14 +151,14 @@ def _expectation(error: Exception) -> str:
 
 def find(name: str, *, beside: str | None = None) -> Path:
     """The file that `name` means: from the working folder, beside the including file, or shipped with the packages."""
-    places = [Path(name)]
+    places = [place(name)]
     if beside is not None:
-        places.append(Path(beside).parent / name)
+        places.append(place(beside).parent / name)
     places.append(Path(__file__).resolve().parent.parent / name)
-    for place in places:
-        if place.is_file():
-            return place
-    raise UserError(f"{name}: {'is a folder, expected a .gin file' if Path(name).is_dir() else _no_file(Path(name))}")
+    for path in places:
+        if path.is_file():
+            return path
+    raise UserError(f"{name}: {'is a folder, expected a .gin file' if places[0].is_dir() else _no_file(places[0])}")
 
 
 def _no_file(path: Path) -> str:

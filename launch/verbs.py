@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.checkpoints import RunFolder, place
 from launch.checkpoints import app as checkpoints
 from launch.tpu_vm.verbs import pods
 from partitioning.errors import UserError
@@ -36,8 +37,6 @@ reading = typer.Typer(help="Look at what a run reads.", no_args_is_help=True)
 app.add_typer(reading, name="data")
 app.add_typer(pods, name="pod")
 app.add_typer(checkpoints, name="checkpoints")
-
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
 
 
 @app.command()
@@ -84,7 +83,9 @@ def show(
 @app.command()
 def train(
     arguments: Arguments,
-    out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/CONFIG")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder, local or gs://.", parser=place, show_default="runs/CONFIG")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve, check and count; train nothing.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Run unjitted and stop at the first NaN.")] = False,
     profile: Annotated[
@@ -106,7 +107,8 @@ def train(
     from launch.hosts import Meeting, met
 
     folder = out if out is not None else Path("runs") / Path(_split(arguments)[0][-1]).stem
-    _check_folder(folder)
+    if not str(folder).startswith("gs://"):
+        _check_folder(folder)
     if dump and debug:
         raise UserError("--dump writes a compiled step, and --debug compiles none: leave one out")
     from training.watch import Watch
@@ -300,7 +302,10 @@ def export(
 @app.command()
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN... | SWEEP", help="Runs' folders, or one sweep's.", show_default=False)
+        list[Path],
+        typer.Argument(
+            metavar="RUN... | SWEEP", help="Runs' folders, or one sweep's.", parser=place, show_default=False
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="The page's file.", show_default="FOLDER/report.html")] = None,
     csv: Annotated[Path | None, typer.Option(help="A folder for every figure and table as CSV.")] = None,
@@ -384,7 +389,7 @@ def _saved(run: Path, allow_import: list[str] | None) -> "Resolved":
 
 def _check_folder(folder: Path) -> None:
     if re.match(r"\w+:/", str(folder)):
-        raise UserError(f"--out {folder}: a run's folder is one of the file system: mount the bucket, see docs/pods.md")
+        raise UserError(f"--out {folder}: a sweep's folder is one of the file system")
     for path in (folder, *folder.parents):
         if path.exists():
             if not path.is_dir():

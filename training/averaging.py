@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from checkpoints.folder import checkpoints_in
 from checkpoints.store import Checkpoints
 from partitioning import UserError
 
@@ -41,7 +41,7 @@ def averaged(run: Path, steps: Sequence[int], out: Path) -> str:
     """
     if out.exists():
         raise UserError(f"{out}: is there already: expected a new folder")
-    store = Checkpoints(str(run / "checkpoints"))
+    store = Checkpoints(checkpoints_in(run))
     abstract = store.shapes(steps[-1])
     names = [name for name, leaf in abstract.items() if _floats(name, leaf)]
     arrays, metadata = store.restore(abstract, steps[-1])
@@ -51,12 +51,12 @@ def averaged(run: Path, steps: Sequence[int], out: Path) -> str:
         sums = {name: sums[name] + np.asarray(part[name], np.float64) for name in names}
     means = {name: jnp.asarray(sums[name] / len(steps), abstract[name].dtype) for name in names}
     metadata = {key: value for key, value in metadata.items() if key != "figures"}
-    with Checkpoints(str(out / "checkpoints")) as written:
+    with Checkpoints(checkpoints_in(out)) as written:
         written.save(steps[-1], arrays | means, metadata | {"averaged": list(steps)})
-    for reference in metadata.get("frozen", {}).values():
-        shutil.copytree(store.folder / reference["path"], written.folder / reference["path"])
+    for tree, reference in metadata.get("frozen", {}).items():
+        written.save_frozen(tree, store.load_frozen(reference, store.frozen_leaves(reference)))
     if (run / "config.gin").is_file():
-        shutil.copy(run / "config.gin", out / "config.gin")
+        (out / "config.gin").write_bytes((run / "config.gin").read_bytes())
     return f"{out}: the mean of {len(names)} arrays over steps {', '.join(map(str, steps))}"
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from training.goodput import Goodput, beat_file, parsed
+from checkpoints.folder import Folder
+from partitioning.key_values import key_values
+from training.goodput import Goodput, beat_file
 
 BEAT_S = 5.0
+_STARTS = itertools.count()
 # A host is called slow when it holds the others up for more than this share of the time.
 SLOW = 0.1
 WAITS = {"data": "waiting for data", "host": "working on the host"}
@@ -26,20 +29,22 @@ class Hosts:
 
     A heartbeat is `hosts/<process>.json` in the run's folder: host, process id, steps done, the time, and the seconds so far
     of waiting for data, of work while the device may be idle, and of waiting for the device. One that is old says which host
-    hangs, and after which step. The first host reads those of the others; no device is asked, so no step waits.
+    hangs, and after which step. The first host hears those of the others from the store of keys that the hosts of a run
+    share; no device is asked, so no step waits.
 
     Args:
-      out: the run's folder, which all hosts see.
+      folder: the run's.
       goodput: this host's times.
       now: the clock, in seconds since 1970.
     """
 
-    def __init__(self, out: Path, goodput: Goodput, *, now: Callable[[], float] = time.time):
-        self._out, self._goodput, self._now = out, goodput, now
+    def __init__(self, folder: Folder, goodput: Goodput, *, now: Callable[[], float] = time.time):
+        self._folder, self._goodput, self._now = folder, goodput, now
         self._host, self._count = jax.process_index(), jax.process_count()
+        self._store, self._keys = key_values(), f"palmette/pace/{next(_STARTS)}/"
         self._beaten, self._fresh = -float("inf"), False
-        self._before: list[dict[str, Any]] = []
-        beat_file(out, 0).parent.mkdir(parents=True, exist_ok=True)
+        self._before: dict[str, dict[str, Any]] = {}
+        beat_file(folder.path, 0).parent.mkdir(parents=True, exist_ok=True)
 
     def beat(self, step: int) -> None:
         """Says that this host is alive, at most every five seconds."""
@@ -51,30 +56,29 @@ class Hosts:
         told = {"host": socket.gethostname(), "pid": os.getpid(), "step": step, "time": now}
         told |= {"wall_s": sum(seconds.values())}
         told |= {"data_s": seconds["data"], "host_s": seconds["step"], "device_s": seconds["device"]}
-        path = beat_file(self._out, self._host)
+        if self._store is not None:
+            self._store.key_value_set(f"{self._keys}{self._host}", json.dumps(told), allow_overwrite=True)
+        path = beat_file(self._folder.path, self._host)
         aside = path.with_suffix(".tmp")
         aside.write_text(json.dumps(told), encoding="utf-8")
         aside.replace(path)
+        self._folder.soon(path)
 
     def compare(self) -> tuple[dict[str, float], str | None]:
         """On the first of several hosts, when all have shown themselves again: figures, and a line about one that is slow."""
         if self._count == 1 or self._host or not self._fresh:
             return {}, None
         self._fresh = False
-        paths = [beat_file(self._out, host) for host in range(self._count)]
-        beats = [parsed(path.read_text(encoding="utf-8")) if path.exists() else {} for path in paths]
-        if not all("data_s" in beat for beat in beats):
-            return {}, None
+        beats = {key: json.loads(told) for key, told in self._store.key_value_dir_get(self._keys)}
         before = self._before
-        if [beat["pid"] for beat in before] != [beat["pid"] for beat in beats]:
-            # The first time, or an earlier start's.
-            self._before = beats
-            return {}, None
-        if any(new["time"] <= old["time"] for new, old in zip(beats, before, strict=True)):
+        if len(beats) < self._count or any(beats[key]["time"] <= old["time"] for key, old in before.items()):
             return {}, None
         self._before = beats
+        if not before:
+            return {}, None
         kinds = ("data_s", "host_s", "device_s")
-        return slowest([[new[k] - old[k] for k in kinds] for new, old in zip(beats, before, strict=True)])
+        names = [f"{self._keys}{host}" for host in range(self._count)]
+        return slowest([[beats[name][kind] - before[name][kind] for kind in kinds] for name in names])
 
 
 def slowest(times: Sequence[Any] | np.ndarray) -> tuple[dict[str, float], str | None]:

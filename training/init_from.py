@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from checkpoints.folder import checkpoints_in, place
 from checkpoints.store import Checkpoints
 from models.hub.folder import CONFIG, Folder
 from models.stack import layer_names
@@ -101,7 +102,7 @@ def initial_values(trees: Trees, placement: Placement, tree: str, seeded: Callab
     anew = found_by(patterns, leaves, owner=f"reinitialise of tree {tree!r}")
     wanted = {name: leaf for name, leaf in leaves.items() if name not in anew}
     spread: list[str] = []
-    if (Path(folder) / CONFIG).is_file():
+    if (place(folder) / CONFIG).is_file():
         found, left = _from_hub(nnx.merge(trees.graphs[tree], trees.abstract[tree]), folder, leaves, wanted)
     else:
         sparse = [name for name in mine if "expert" in trees.axes[name]]
@@ -121,7 +122,7 @@ def _from_run(
 
     Those that are `sparse`, with experts first, may be there without them; which are so is the second result.
     """
-    store = Checkpoints(str(Path(folder) / "checkpoints"))
+    store = Checkpoints(checkpoints_in(folder))
     if not store.steps():
         raise UserError(
             f"init_from: {folder} has neither checkpoints nor {CONFIG}: expected the folder of a run, or of a model in "

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from checkpoints.folder import checkpoints_in
 from models.loads import Loads, named
 from partitioning import UserError
 from partitioning import data as data_parallel
@@ -131,7 +132,7 @@ def evaluate(plan: Plan, out: Path, say: Callable[[str], None]) -> dict[str, Any
         raise UserError(
             f"{out}: its config has no evaluators: bind training.Run.evaluators, and train or resume with it"
         )
-    step, values = Store(plan, str(out / "checkpoints")).values()
+    step, values = Store(plan, checkpoints_in(out)).values()
     say(f"{out}: checkpoint of step {step}" + (", averaged parameters" if plan.run.average is not None else ""))
     figures = judged(open_judges(plan), values)
     for line in lines(figures):
@@ -153,7 +154,7 @@ def restored(run: Any, out: Path) -> tuple[Plan, dict[str, Any]]:
       UserError: no complete checkpoint of this run.
     """
     plan = replace(run, rules=data_parallel()).plan(jax.local_devices()[:1])
-    _, values = Store(plan, str(out / "checkpoints")).values()
+    _, values = Store(plan, checkpoints_in(out)).values()
     return plan, values
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from checkpoints.barrier import barrier
-from checkpoints.lock import held
+from checkpoints.folder import Folder, checkpoints_in, opened
 from data.prefetch import Prefetch
 from models.loads import Loads
 from objectives.draws import draws
@@ -41,13 +41,14 @@ DEPTH = 2
 
 
 def train(
-    run: Run, out: Path, *, operative: str = "", debug: bool = False, watch: Watch | None = None
+    run: Run, out: str | os.PathLike, *, operative: str = "", debug: bool = False, watch: Watch | None = None
 ) -> dict[str, float]:
     """Trains a run into a folder, or goes on with what is there.
 
     Args:
       run: what to train.
-      out: gets `config.gin`, `environment.json`, `checkpoints/`, `metrics.jsonl` and what its boards write.
+      out: gets `config.gin`, `environment.json`, `checkpoints/`, `metrics.jsonl` and what its boards write; a local folder or
+        gs://BUCKET/FOLDER.
       operative: the config's text, kept beside the run.
       debug: runs without jit and stops at the first NaN.
       watch: what else to write of the run's programs.
@@ -67,7 +68,7 @@ def train(
 
 def follow(
     plan: Plan,
-    out: Path,
+    out: str | os.PathLike,
     *,
     operative: str = "",
     debug: bool = False,
@@ -87,26 +88,26 @@ def follow(
     Raises:
       UserError: as `train`.
     """
-    store = Store(plan, str(out / "checkpoints"))
+    store = Store(plan, checkpoints_in(out))
     watch, goodput = Watch() if watch is None else watch, Goodput() if goodput is None else goodput
     if jax.process_index() == 0:
         for board in plan.run.shown():
             board.check()
-    with held(out):
-        return _trained(plan, store, out, operative, debug, watch, goodput)
+    with opened(out, say) as folder:
+        return _trained(plan, store, folder, operative, debug, watch, goodput)
 
 
 def _trained(
-    plan: Plan, store: Store, out: Path, operative: str, debug: bool, watch: Watch, goodput: Goodput
+    plan: Plan, store: Store, folder: Folder, operative: str, debug: bool, watch: Watch, goodput: Goodput
 ) -> dict[str, float]:
-    run = plan.run
+    run, out = plan.run, folder.path
 
     # 2. The state: the newest complete checkpoint's, or the initial one.
     log = ControlLog(tuple(run.controllers))
     if store.checkpoints.steps():
         state, saved = store.restore()
         log = ControlLog.restored(tuple(run.controllers), saved)
-        say(f"{out}: goes on from the checkpoint of step {int(state.step)}")
+        say(f"{folder.address}: goes on from the checkpoint of step {int(state.step)}")
     else:
         initial = plan.initial()
         keep_report(out, initial, say)
@@ -142,7 +143,7 @@ def _trained(
         for line in plan.trees.warnings:
             progress.say(line)
         loop = Loop(
-            plan, store, log, writer, progress, interrupt, goodput, Hosts(out, goodput), trace, spent, out, watch
+            plan, store, log, writer, progress, interrupt, goodput, Hosts(folder, goodput), trace, spent, folder, watch
         )
         for stage, program in zip(remaining, programs, strict=True):
             with goodput("step"):
@@ -174,7 +175,7 @@ class Loop:
     hosts: Hosts
     trace: Trace
     spent: Spent
-    out: Path
+    folder: Folder
     watch: Watch
     figures: dict[str, float] = field(default_factory=dict)
     words: str = ""
@@ -222,6 +223,7 @@ class Loop:
                 if save:
                     self.writer.write(done, self.spent.figures())
                     with self.goodput("checkpoint"):
+                        self.folder.keep()
                         self.store.save(state, self.log.saved(), found)
                     self.writer.write(done, self.goodput.figures())
                 if self.stopped:
@@ -284,7 +286,7 @@ class Loop:
             examples: dict[str, Any] = {}
             found = judged(self.judges, values_of(self.plan, state), examples)
             if self.watch.examples and done == self.plan.steps and not jax.process_index():
-                write_examples(self.out / "examples.json", examples)
+                write_examples(self.folder.path / "examples.json", examples)
         self.figures |= (scalars := numbers(found))
         self.writer.write(done, {f"evaluation/{name}": value for name, value in arrays(found).items()})
         for line in lines(found):

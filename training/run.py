@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
+from checkpoints.folder import place
 from models.loads import Loads
 from models.trunk import Trunk
 from objectives.base import Objective
@@ -195,12 +196,12 @@ class Run:
         return plan
 
     def train(
-        self, out: str | Path, *, operative: str = "", debug: bool = False, watch: Any = None
+        self, out: str | os.PathLike, *, operative: str = "", debug: bool = False, watch: Any = None
     ) -> dict[str, float]:
         """Trains into a folder, or goes on with what is there; see `training.loop.train`."""
         from training.loop import train
 
-        return train(self, Path(out), operative=operative, debug=debug, watch=watch)
+        return train(self, out, operative=operative, debug=debug, watch=watch)
 
     def describe(self) -> None:
         """Prints what the run would be, and trains nothing; see `training.description`."""
@@ -237,13 +238,13 @@ class Run:
                 found |= dict.fromkeys([folders] if isinstance(folders, str) else folders)
         return list(found)
 
-    def restore(self, out: str | Path) -> tuple[Trunk, Any]:
+    def restore(self, out: str | os.PathLike) -> tuple[Trunk, Any]:
         """The trunk of the newest complete checkpoint in a run's folder (averaged where the run averages), and the tokenizer."""
         from training.judging import restore
 
-        return restore(self, Path(out))
+        return restore(self, place(out))
 
-    def evaluate(self, out: str | Path) -> dict[str, Any]:
+    def evaluate(self, out: str | os.PathLike) -> dict[str, Any]:
         """Runs the evaluators on the newest complete checkpoint in a run's folder, prints and returns their figures; loads by
         layer are arrays."""
         from training.judging import evaluate
@@ -251,4 +252,4 @@ class Run:
         from training.screen import say
 
         keep_programs()
-        return evaluate(self.plan(), Path(out), say)
+        return evaluate(self.plan(), place(out), say)

@@ -166,7 +166,7 @@ def logged(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = path.read_bytes().decode(errors="replace").split("\n")
     found = []
     for number, line in enumerate(lines, 1):
         try:

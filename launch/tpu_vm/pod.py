@@ -27,7 +27,7 @@ INSTALL = f"""
 mkdir -p palmette && tar -xzf {ARCHIVE} -C palmette && cd palmette &&
 {{ command -v ~/.local/bin/uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh; }} &&
 {{ test -d .venv || ~/.local/bin/uv venv --quiet --python 3.12 .venv; }} &&
-~/.local/bin/uv pip install --quiet --python .venv/bin/python -e '.[tpu]'
+~/.local/bin/uv pip install --quiet --python .venv/bin/python -e '.[tpu,gcs]'
 """
 
 # Behind the run its status: `watch` reads it. A run that is going is not started a second time.

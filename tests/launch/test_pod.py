@@ -105,7 +105,7 @@ def test_sync_and_run_reach_every_worker(gcloud):
     assert copy[0] == "scp"
     assert copy[2:] == ["palmette:palmette.tar.gz", *EVERYWHERE]
     assert install[:4] == start[:4] == ["ssh", "palmette", *EVERYWHERE]
-    assert "-e '.[tpu]'" in install[4]
+    assert "-e '.[tpu,gcs]'" in install[4]
 
 
 def test_one_slice_is_one_node():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from running import devices, killed_after, tiny
 
+from checkpoints.folder import Folder
+from training import hosts as told_by
 from training.goodput import KINDS, WALL, Goodput, beat_file
 from training.hosts import Hosts, slowest
 
@@ -134,7 +138,7 @@ def splits(out):
 def test_a_heartbeat_is_rare(tmp_path):
     """Every five seconds at most, whatever the steps."""
     clock = Clock()
-    hosts = Hosts(tmp_path, Goodput(clock), now=clock)
+    hosts = Hosts(Folder(str(tmp_path), tmp_path), Goodput(clock), now=clock)
     steps = []
     for step in range(1, 12):
         hosts.beat(step)
@@ -164,14 +168,26 @@ def test_the_slowest_host_is_named(times, says):
     assert figures["hosts/slowest_data"] == np.argmax([t[0] for t in times])
 
 
+class Keys(SimpleNamespace):
+    """The hosts' store, as much of it as is needed."""
+
+    def __init__(self, told):
+        super().__init__(
+            key_value_set=lambda key, value, allow_overwrite: told.update({key: value}),
+            key_value_dir_get=lambda prefix: [(key, value) for key, value in told.items() if key.startswith(prefix)],
+        )
+
+
 def test_the_first_host_hears_of_the_others(tmp_path, monkeypatch):
-    """Between two beats of all; an earlier start's beats, and a host that hangs, compare with nothing."""
-    clock = Clock()
+    """Between two beats of all; a host that hangs compares with nothing."""
+    clock, told = Clock(), {}
+    monkeypatch.setattr(told_by, "key_values", lambda: Keys(told))
+    monkeypatch.setattr(told_by, "_STARTS", itertools.repeat(0))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     hosts = []
     for host in range(2):
         monkeypatch.setattr(jax, "process_index", lambda h=host: h)
-        hosts.append(Hosts(tmp_path, Goodput(clock), now=clock))
+        hosts.append(Hosts(Folder(str(tmp_path), tmp_path), Goodput(clock), now=clock))
     times = [hosts[0]._goodput.seconds, hosts[1]._goodput.seconds]
 
     def beat(*who):
@@ -180,7 +196,6 @@ def test_the_first_host_hears_of_the_others(tmp_path, monkeypatch):
             hosts[host].beat(1)
         return hosts[0].compare()
 
-    beat_file(tmp_path, 1).write_text(json.dumps({"pid": 1, "time": 0, "data_s": 99.0}))
     assert beat(0) == ({}, None)
     assert beat(0, 1) == ({}, None)
     for seconds, data in zip(times, (0.5, 4.0), strict=True):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from google.cloud import storage
 from running import assert_same_end, killed_after, metrics, on_hosts, record
+
+from checkpoints.folder import place
 
 
 def train(out, hosts):
@@ -46,3 +49,20 @@ def test_killed_and_resumed_on_any_number_of_hosts(whole, before, after, tmp_pat
         assert_same_end(whole / str(before), out, 6)
     same_losses(whole / str(before), out)
     assert record(out, 6)["leaves"].keys() == record(whole / str(before), 6)["leaves"].keys()
+
+
+@pytest.mark.long
+def test_two_hosts_write_to_a_bucket_and_go_on_there(whole, bucket):
+    """Bit for bit what they write to a shared folder; from the checkpoint before, as after a kill, the same again."""
+    out = f"{bucket}/two_hosts"
+    train(out, 2)
+    assert_same_end(whole / "2", place(out), 6)
+    home = storage.Client().bucket("tests")
+    last = [blob for blob in home.list_blobs(prefix="two_hosts/") if blob.name.startswith("two_hosts/checkpoints/6/")]
+    assert (
+        len({blob.name for blob in last if "ocdbt.process_" in blob.name and blob.name.endswith("manifest.ocdbt")}) == 2
+    )
+    # The object that Orbax writes last.
+    home.blob("two_hosts/checkpoints/6/commit_success.txt").delete()
+    train(out, 2)
+    assert_same_end(whole / "2", place(out), 6)
