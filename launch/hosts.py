@@ -100,6 +100,29 @@ def met(meeting: Meeting) -> Iterator[Hosts | None]:
     hosts.finish()
 
 
+class Silence:
+    """For how many seconds other hosts' beats have stood still, in rounds of this host.
+
+    A round counts two beats at most: a host that did not run itself, on a machine that stood still, knows nothing of others.
+    """
+
+    def __init__(self) -> None:
+        self._at: float | None = None
+        self._length = 0.0
+        self._heard: dict[int, tuple[str, float]] = {}
+
+    def round(self, now: float) -> None:
+        """Another look at all beats, at this time in seconds."""
+        self._length = 0.0 if self._at is None else min(now - self._at, 2 * BEAT_S)
+        self._at = now
+
+    def of(self, host: int, beat: str) -> float:
+        """Of one host, whose beat is this now."""
+        before, seconds = self._heard.get(host, (None, 0.0))
+        self._heard[host] = beat, 0.0 if beat != before else seconds + self._length
+        return self._heard[host][1]
+
+
 class Hosts:
     """This host among the others.
 
@@ -163,8 +186,7 @@ class Hosts:
         barrier("configuration", timeout_s=MEET_S)
 
     def _watch(self) -> None:
-        beat = 0
-        beats: dict[int, tuple[str, float]] = {}
+        beat, silence = 0, Silence()
         while not self._over.wait(BEAT_S):
             beat += 1
             try:
@@ -173,14 +195,11 @@ class Hosts:
             except Exception:
                 # Host 0 does not answer: jax ends this process, and the lifeline says why.
                 continue
-            now = time.monotonic()
+            silence.round(time.monotonic())
             for other in set(range(self.count)) - {self.index}:
                 if (words := table.get(f"{_KEYS}stopped/{other}")) is not None:
                     self.leave(STATUS, f"palmette: {self._names[other]} stopped: {words}", None)
-                at = table.get(f"{_KEYS}beat/{other}", "")
-                if other not in beats or beats[other][0] != at:
-                    beats[other] = at, now
-                elif now - beats[other][1] > self.patience_s:
+                if silence.of(other, table.get(f"{_KEYS}beat/{other}", "")) > self.patience_s:
                     self.leave(
                         STATUS,
                         f"palmette: {self._names[other]} is gone, silent for {self.patience_s:g} s: start all hosts "

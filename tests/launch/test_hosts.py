@@ -13,7 +13,7 @@ import pytest
 from running import record
 
 from benchmarks.several import CONFIG, JUDGED, STEPS, Several, steps
-from launch.hosts import Meeting, difference
+from launch.hosts import BEAT_S, Meeting, Silence, difference
 from partitioning import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +50,17 @@ def test_the_difference_of_two_configurations():
     )
     many = "".join(f"training.Run.{name} = 1\n" for name in "abcde")
     assert difference(many, "").endswith("; and 2 more")
+
+
+def test_silence_is_counted_while_this_host_runs():
+    """A beat that comes ends it; a stall of this host, after which it has not yet heard the others, is two beats of it."""
+    silence = Silence()
+    found = []
+    for now, beat in ((0, "1"), (1, "1"), (2, "2"), (3, "2"), (4, "2"), (64, "2"), (65, "2"), (66, "3")):
+        silence.round(100.0 + now)
+        found.append(silence.of(1, beat))
+    assert found == [0, 1, 0, 1, 2, 2 + 2 * BEAT_S, 3 + 2 * BEAT_S, 0]
+    assert silence.of(2, "") == 0
 
 
 def test_faults_of_a_small_campaign():
