@@ -1,8 +1,7 @@
 """What a sweep costs beside the training of its arms: starts, plans, compilation, evaluation, checkpoints.
 
-    python -m benchmarks sweep              # 24 arms of one seed: every arm's step is compiled
-    ARMS=8 SEEDS=3 python -m benchmarks sweep    # three seeds share a step
-    ARMS=2 SEEDS=1 SECONDS=3 python -m benchmarks sweep    # a short one, to try it
+    python -m benchmarks sweep    # 24 runs twice: 8 arms of three seeds, which share a step, and 24 arms of one
+    SHAPES=2x1 SECONDS=3 python -m benchmarks sweep    # a short one, to try it
 
 A causal decoder of two layers on docstrings in bytes, its arms at different learning rates, and no program kept from before.
 A first run of one arm tells how many steps take so many seconds.
@@ -82,9 +81,17 @@ def swept(place: Path, name: str, *, arms: int, seeds: int, steps: int, processe
     return [end for runs in found.values() for end in runs.values()]
 
 
+def measured(place: Path, shape: str, *, steps: int, processes: int) -> tuple[list[dict[str, Any]], float, float]:
+    """Results of a sweep's runs, its wall time in seconds, and the cores that others used meanwhile."""
+    arms, seeds = map(int, shape.split("x"))
+    before, began = Reading.now([]), time.perf_counter()
+    ends = swept(place, f"sweep_{shape}", arms=arms, seeds=seeds, steps=steps, processes=processes)
+    return ends, time.perf_counter() - began, Reading.now([]).others_since(before)
+
+
 def main() -> None:
     """Measures and writes the section."""
-    arms, seeds = int(os.environ.get("ARMS", "24")), int(os.environ.get("SEEDS", "1"))
+    shapes = os.environ.get("SHAPES", "8x3 24x1").split()
     wanted, processes = float(os.environ.get("SECONDS", "30")), len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -93,28 +100,26 @@ def main() -> None:
         tried = swept(place, "tried", arms=processes, seeds=1, steps=100, processes=processes)
         each = sum(end["seconds"]["train"] for end in tried) / sum(end["steps"] for end in tried)
         steps = max(1, round(wanted / each))
-        before, began = Reading.now([]), time.perf_counter()
-        ends = swept(place, "measured", arms=arms, seeds=seeds, steps=steps, processes=processes)
-        wall, others = time.perf_counter() - began, Reading.now([]).others_since(before)
-    total = {kind: sum(end["seconds"][kind] for end in ends) for kind in ends[0]["seconds"]}
-    share = total["train"] / processes
-    kinds = {
-        "steps, waits for data included": "train",
-        "imports aside, start: plan, initial state": "start",
-        "compilation": "compile",
-        "evaluation": "evaluate",
-        "checkpoints": "checkpoint",
-    }
-    rows = [(words, f"{total[kind]:.0f}", f"{total[kind] / len(ends):.1f}") for words, kind in kinds.items()]
+        found = {shape: measured(place, shape, steps=steps, processes=processes) for shape in shapes}
+    kinds = {"steps": "train", "start": "start", "compilation": "compile"}
+    kinds |= {"evaluation": "evaluate", "checkpoints": "checkpoint"}
+    rows = []
+    for shape, (ends, wall, _) in found.items():
+        seconds = {kind: sum(end["seconds"][kind] for end in ends) for kind in kinds.values()}
+        share = seconds["train"] / processes
+        each_run = [f"{seconds[kind] / len(ends):.1f}" for kind in kinds.values()]
+        arms, seeds = shape.split("x")
+        rows.append((arms, seeds, *each_run, f"{wall:.0f}", f"{share:.0f}", f"**{wall / share:.3f}**"))
+    others = max(other for *_, other in found.values())
     noise = f"others used {others:.2f} cores" + (": CONTENDED, not a measurement" if others > ALLOWED else "")
-    body = f"""A causal decoder of two layers of width 128 on docstrings in bytes, its arms at different learning rates.
-{arms} arms, {seeds} seed{"s" * (seeds > 1)}, {len(ends)} runs of {steps} steps on {processes} processes with a core each, from a cold
-start with no program kept: {wall:.0f} s in all, imports and the sharing out included; {noise}.
+    head = ("arms", "seeds", *(f"{words}, s a run" for words in kinds), "wall, s", "steps' share, s", "ratio")
+    body = f"""A causal decoder of two layers of width 128 on docstrings in bytes, its arms at different learning rates, which are
+constants of the step: each arm's is compiled, once for all its seeds. Runs of {steps} steps, waits for data included, on
+{processes} processes with a core each, from a cold start with no program kept, imports and the sharing out included; {noise}.
 
-{results.table(("seconds of", "all runs", "a run"), rows)}
+{results.table(head, rows)}
 
-Over the runs' own training by the processes, {share:.0f} s: **{wall / share:.3f}**. Target: at most {TARGET}.
-With `ARMS={arms} SEEDS={seeds}`."""
+The ratio is the wall time over the runs' own training by the processes. Target: at most {TARGET}."""
     results.write("sweep", "A sweep beside its arms", body)
 
 

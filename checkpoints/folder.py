@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -84,6 +85,7 @@ class BucketFolder(Folder):
         name, _, inside = address.removeprefix("gs://").partition("/")
         self._prefix = f"{inside.strip('/')}/" if inside.strip("/") else ""
         self._known: dict[str, tuple[int, int]] = {}
+        self._alone = threading.Lock()
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="bucket")
         self._sent: Future | None = None
         self._lease: Lease | None = None
@@ -93,7 +95,8 @@ class BucketFolder(Folder):
             self._client = storage.Client()
             self._bucket = self._client.bucket(name)
             if not jax.process_index():
-                self._lease = Lease(self._bucket, self._prefix + FILE, address, say)
+                # A client of its own: one is not for two threads at once.
+                self._lease = Lease(storage.Client().bucket(name), self._prefix + FILE, address, say)
             self._fetch()
 
     def _fetch(self) -> None:
@@ -126,11 +129,13 @@ class BucketFolder(Folder):
 
     def _send(self, file: Path) -> None:
         name = file.relative_to(self.path).as_posix()
-        # Before it is read: a file that grows meanwhile is sent again.
-        state = _state(file)
-        if self._known.get(name) != state:
-            self._bucket.blob(self._prefix + name).upload_from_filename(str(file))
-            self._known[name] = state
+        # What a board has removed meanwhile is no loss.
+        with self._alone, suppress(FileNotFoundError):
+            # Before it is read: a file that grows meanwhile is sent again.
+            state = _state(file)
+            if self._known.get(name) != state:
+                self._bucket.blob(self._prefix + name).upload_from_filename(str(file))
+                self._known[name] = state
 
     def soon(self, file: Path) -> None:
         """See `Folder`; what fails is tried again by `keep`, which says why."""

@@ -64,3 +64,20 @@ def bucket():
     finally:
         server.kill()
         server.wait()
+
+
+@pytest.fixture(scope="module")
+def some_sources(tmp_path_factory):
+    """A small part of the standard library as corpus: what runs do does not depend on how much there is to read."""
+    from data import corpora
+
+    every = corpora._sources()
+    cached = [found for found in vars(corpora).values() if hasattr(found, "cache_clear")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PALMETTE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(corpora, "_sources", lambda: every[::12])
+        for found in cached:
+            found.cache_clear()
+        yield
+    for found in cached:
+        found.cache_clear()

@@ -4,27 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from data import corpora
 from launch.sweep import command
 from launch.sweep.loading import Asked
 from training import screen
 
 SWEEPS = sorted((Path(__file__).parent.parent / "configs" / "ablations").glob("*.gin"))
-
-
-@pytest.fixture(scope="module")
-def some_sources(tmp_path_factory):
-    """A small part of the standard library: what arms cost does not depend on how much there is to read."""
-    every = corpora._sources()
-    cached = [found for found in vars(corpora).values() if hasattr(found, "cache_clear")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PALMETTE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(corpora, "_sources", lambda: every[::12])
-        for found in cached:
-            found.cache_clear()
-        yield
-    for found in cached:
-        found.cache_clear()
 
 
 @pytest.mark.usefixtures("some_sources")

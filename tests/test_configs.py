@@ -13,14 +13,6 @@ from launch.config import load
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.gin"))
 
 
-@pytest.fixture(scope="session")
-def caches(tmp_path_factory):
-    """One folder for the caches of all configs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PALMETTE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 def shrunk(run):
     """The same run, two steps a stage and eight short rows."""
     small = {"batch_size": 8, "length": 32}
@@ -33,7 +25,7 @@ def shrunk(run):
     return replace(run, model=model, objective=objective, evaluators=(), accumulate=1, **small, **changes)
 
 
-@pytest.mark.usefixtures("caches")
+@pytest.mark.usefixtures("some_sources")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_config_trains_and_says_what_it_is(path, tmp_path):
     """It resolves with every binding consumed, its loss is a number, and its header names what may be overridden."""
