@@ -46,6 +46,7 @@ test-all: lint browser
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
 	@python3.13 -c '' 2>/dev/null || { echo 'make test-all: python3.13 does not start, expected one on PATH: it runs the suite with jax 0.12' >&2; exit 2; }
 	$(MAKE) VENV=.venv313 PYTHON=python3.13 install
+	.venv313/bin/python -m pip install --quiet --disable-pip-version-check -e '.[tpu]'
 	.venv313/bin/python -c 'import jax; assert jax.__version__.startswith("0.12."), f"jax {jax.__version__}, expected 0.12"'
 	$(TEST_ENV) .venv313/bin/python -m pytest -n 2 -m 'not long'
 

@@ -1,15 +1,15 @@
 """Which leaves are matrices, one for each layer and expert, and what is common to the optimizers made for them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import jax
 import optax
 from optax import contrib
 
 from partitioning.axes import HEADS, KV, LENGTH, STACKED, VOCAB
-from training.optimizers import Descent, Rate, at_step, by_name, is_norm_or_bias
+from training.optimizers import Descent, Rate, at_step, by_name, from_table, is_norm_or_bias
 from training.paths import first_match
 from training.per_layer import Axes
 
@@ -91,3 +91,8 @@ class MatrixDescent(Descent):
         return (
             rates if self.adam_learning_rate is None else rates | {"adam_learning_rate": at_step(self._adam_rate, step)}
         )
+
+    def tabled(self, tables: Mapping[str, jax.Array]) -> Self:
+        adam = self.adam_learning_rate
+        own = None if adam is None else from_table(adam, tables["adam_learning_rate"])
+        return replace(super().tabled(tables), adam_learning_rate=own)

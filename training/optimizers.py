@@ -3,8 +3,8 @@
 import abc
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,11 @@ Rate = float | Callable[[Any], Any]
 def at_step(rate: Rate, step: Any) -> jax.Array:
     """The value of a rate at an optimizer step."""
     return jnp.asarray(rate(step) if callable(rate) else rate)
+
+
+def from_table(rate: Rate, table: Any) -> Any:
+    """The same rate read from its values at steps 0, 1, ...; a number stays one."""
+    return (lambda step: jnp.asarray(table)[step]) if callable(rate) else table[0]
 
 
 def is_norm_or_bias(name: str) -> bool:
@@ -84,6 +89,14 @@ class Optimizer(abc.ABC):
     def rates(self, step: Any) -> dict[str, jax.Array]:
         """The learning rates at an optimizer step, by the name under which they are logged."""
 
+    @abc.abstractmethod
+    def tabled(self, tables: Mapping[str, jax.Array]) -> "Optimizer":
+        """The same optimizer with its rates read from tables, so that a program which is given them holds none.
+
+        Args:
+          tables: the values of `rates` at steps 0, 1, ..., by the same names.
+        """
+
 
 @dataclass(frozen=True, kw_only=True)
 class Descent(Optimizer):
@@ -126,6 +139,9 @@ class Descent(Optimizer):
     def rates(self, step: Any) -> dict[str, jax.Array]:
         return {"learning_rate": at_step(self.learning_rate, step)}
 
+    def tabled(self, tables: Mapping[str, jax.Array]) -> Self:
+        return replace(self, learning_rate=from_table(self.learning_rate, tables["learning_rate"]))
+
     def decays(self, axes: Mapping[str, Axes]) -> dict[str, float]:
         """Each parameter's share of the weight decay."""
         rules = multipliers(self.decay, axes, owner=f"{type(self).__name__}.decay")
@@ -146,7 +162,7 @@ class Descent(Optimizer):
 
         return optax.stateless(add)
 
-    def rated(self, axes: Mapping[str, Axes], rate: Rate) -> optax.GradientTransformation:
+    def rated(self, axes: Mapping[str, Axes], rate: Any) -> optax.GradientTransformation:
         """Multiplies by minus the learning rate and each parameter's scale."""
         rules = multipliers(self.scale, axes, owner=f"{type(self).__name__}.scale")
 
@@ -154,7 +170,13 @@ class Descent(Optimizer):
             del params
             return {name: rules[name] * update if name in rules else update for name, update in updates.items()}
 
-        return optax.chain(optax.stateless(multiply), optax.scale_by_learning_rate(rate))
+        def rated(updates: Any, params: Any) -> dict[str, Any]:
+            del params
+            return {name: jnp.asarray(-rate, update.dtype) * update for name, update in updates.items()}
+
+        # A number may be one that the program is given, of another type than the updates.
+        by_rate = optax.scale_by_learning_rate(rate) if callable(rate) else optax.stateless(rated)
+        return optax.chain(optax.stateless(multiply), by_rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,3 +285,9 @@ class Groups(Optimizer):
             for pattern, optimizer in self.groups.items()
             for name, rate in optimizer.rates(step).items()
         }
+
+    def tabled(self, tables: Mapping[str, jax.Array]) -> "Groups":
+        own = lambda pattern: {
+            name.removesuffix(f"/{pattern}"): table for name, table in tables.items() if name.endswith(f"/{pattern}")
+        }
+        return Groups(groups={pattern: optimizer.tabled(own(pattern)) for pattern, optimizer in self.groups.items()})

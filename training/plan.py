@@ -16,6 +16,7 @@ from models.vocabulary import Vocabulary
 from objectives.base import Companion
 from partitioning import Placement, UserError
 from training.init_from import Initial, initial_values
+from training.optimizers import Optimizer
 from training.programs import for_one_run
 from training.run import Part, Run
 from training.state import State, abstract_state, state_shardings
@@ -64,6 +65,7 @@ class Plan:
       stages: in order.
       state: the abstract state.
       shardings: of the state.
+      rates: of each stage's optimizer, as tables over all steps.
       kept: what was compiled or readied already, by name; see `once`.
     """
 
@@ -73,6 +75,7 @@ class Plan:
     stages: tuple[PlannedStage, ...]
     state: State
     shardings: State
+    rates: tuple[dict[str, np.ndarray], ...]
     kept: dict[Hashable, Any] = field(default_factory=dict)
 
     @classmethod
@@ -96,7 +99,10 @@ class Plan:
         if not trees.of_kind("params"):
             raise UserError("no parameter is trained: every tree is frozen")
         axes = {name: trees.axes[name] for name in trees.of_kind("params")}
-        first, rows, stages, states = 0, 0, [], []
+        rates = rate_tables([part.optimizer for part in parts], sum(part.steps for part in parts))
+        first, rows = 0, 0
+        stages: list[PlannedStage] = []
+        states: list[State] = []
         for part, reader in zip(parts, readers, strict=True):
             _check(part, reader, placement, first + part.steps, trees.coupled)
             tx = part.optimizer(axes)
@@ -104,7 +110,7 @@ class Plan:
                 trees=trees,
                 objective=part.objective,
                 optimizer=part.optimizer,
-                tx=tx,
+                stage=len(stages),
                 batch_size=part.batch_size,
                 accumulate=part.accumulate,
                 clip=run.clip,
@@ -118,14 +124,15 @@ class Plan:
             }
             stages.append(PlannedStage(part, first, rows, reader, step, batch))
             guard = run.guard.init() if run.guard else ()
-            states.append(abstract_state(trees, tx, average=run.average is not None, guard=guard))
+            states.append(abstract_state(trees, tx, rates=rates, average=run.average is not None, guard=guard))
             first, rows = first + part.steps, rows + part.steps * part.batch_size
         for state in states[1:]:
             if not _alike(state, states[0]):
                 raise UserError(
                     "the stages' optimizers have states of different structure: use one class, with other constants"
                 )
-        plan = cls(run, placement, trees, tuple(stages), states[0], state_shardings(states[0], trees, placement))
+        shardings = state_shardings(states[0], trees, placement)
+        plan = cls(run, placement, trees, tuple(stages), states[0], shardings, rates)
         return replace(plan, stages=tuple(plan._scheduled(stage) for stage in stages))
 
     def _scheduled(self, stage: PlannedStage) -> PlannedStage:
@@ -179,6 +186,10 @@ class Plan:
         """The same run from another seed: nothing that is compiled holds the seed, so both share it."""
         return replace(self, run=replace(self.run, seed=seed))
 
+    def configured(self) -> dict[str, Any]:
+        """The fields of the state that are the config's and not the checkpoint's."""
+        return {"seed": np.uint32(self.run.seed), "rates": self.rates}
+
     def once(self, name: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives, which is called once for this plan and all that differ from it in their seed."""
         if name not in self.kept:
@@ -194,25 +205,26 @@ class Plan:
         Returns:
           Step 0 of the run: seeded values, with `init_from` trees overwritten by what they name.
         """
-        tx = self.stages[0].step.tx
         run = self.run
+        tx = self.stages[0].stage.optimizer({name: self.trees.axes[name] for name in self.trees.of_kind("params")})
         given = {tree: found.values for tree, found in (self.initial() if initial is None else initial).items()}
 
-        def make(given: dict[str, Flat], seed: jax.Array) -> State:
-            values = self.trees.init(jax.random.key(seed), given)
+        def make(given: dict[str, Flat], config: dict[str, Any]) -> State:
+            values = self.trees.init(jax.random.key(config["seed"]), given)
             return State(
                 step=jax.numpy.zeros((), jax.numpy.int32),
-                seed=seed,
                 optimizer=tx.init(values["params"]),
                 average=None if run.average is None else run.average.init(values["params"]),
                 guard=run.guard.init() if run.guard else (),
+                seed=config["seed"],
+                rates=config["rates"],
                 **values,
             )
 
         options = for_one_run(self.placement.mesh)
         with self.placement.scope():
             made = self.once("init", lambda: jax.jit(make, out_shardings=self.shardings, compiler_options=options))
-            return made(given, np.uint32(run.seed))
+            return made(given, self.configured())
 
     def exercise(self) -> None:
         """Traces every stage's loss.
@@ -228,6 +240,11 @@ class Plan:
 
     def compile(self, stage: PlannedStage) -> Any:
         """Compiles a stage's step; the executable takes the state (donated) and a batch, and can never compile again."""
+        with self.placement.scope():
+            return self.lower(stage).compile()
+
+    def lower(self, stage: PlannedStage) -> Any:
+        """A stage's step as XLA is given it: the same for runs that differ in their seed or rates alone."""
 
         # The name that profiles and compile logs show.
         def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Any]:
@@ -240,7 +257,7 @@ class Plan:
                 out_shardings=(self.shardings, self.placement.replicated),
                 donate_argnums=0,
             )
-            return jitted.lower(self.targets(), stage.batch).compile()
+            return jitted.lower(self.targets(), stage.batch)
 
     def put(self, stage: PlannedStage, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Places one host's share of a batch."""
@@ -250,6 +267,13 @@ class Plan:
             name: jax.make_array_from_process_local_data(leaf.sharding, batch[name], leaf.shape)
             for name, leaf in stage.batch.items()
         }
+
+
+def rate_tables(optimizers: Sequence[Optimizer], steps: int) -> tuple[dict[str, np.ndarray], ...]:
+    """Each optimizer's rates at all steps of a run, by name; as long as the next power of two, which many runs share."""
+    every = np.arange(max(1024, 1 << (steps - 1).bit_length()))
+    tables = jax.jit(lambda: [jax.vmap(optimizer.rates)(every) for optimizer in optimizers])
+    return tuple(jax.device_get(tables()))
 
 
 def vocabulary_of(reader: Any) -> Vocabulary:

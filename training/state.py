@@ -25,7 +25,9 @@ class State:
 
     Args:
       step: steps taken.
-      seed: of every draw; here, so that runs which differ in it share their programs.
+      seed: of every draw.
+      rates: of each stage, the optimizer's rates by name, as tables over all steps. Seed and rates are here so that runs which
+        differ in them share their programs.
       params, frozen, buffers: arrays by leaf name.
       optimizer: optax state over `params`.
       average: exponential moving average of `params`, or None.
@@ -34,6 +36,7 @@ class State:
 
     step: Any
     seed: Any
+    rates: tuple[dict[str, Any], ...]
     params: Flat
     frozen: Flat
     buffers: Flat
@@ -42,17 +45,25 @@ class State:
     guard: Any
 
     def kept(self) -> dict[str, Any]:
-        """What every checkpoint holds: all but the frozen leaves, and the seed, which is the config's."""
-        return {name: value for name, value in vars(self).items() if name not in ("frozen", "seed")}
+        """What every checkpoint holds: all but the frozen leaves, and seed and rates, which are the config's."""
+        return {name: value for name, value in vars(self).items() if name not in ("frozen", "seed", "rates")}
 
 
-def abstract_state(trees: Trees, tx: optax.GradientTransformation, *, average: bool, guard: Any) -> State:
+def abstract_state(
+    trees: Trees,
+    tx: optax.GradientTransformation,
+    *,
+    rates: tuple[dict[str, Any], ...],
+    average: bool,
+    guard: Any,
+) -> State:
     """The state as shapes."""
     pick = lambda kind: {name: trees.shapes[name] for name in trees.of_kind(kind)}
     params = pick("params")
     return State(
         step=jax.ShapeDtypeStruct((), jnp.int32),
         seed=jax.ShapeDtypeStruct((), jnp.uint32),
+        rates=jax.tree.map(lambda table: jax.ShapeDtypeStruct(table.shape, table.dtype), rates),
         params=params,
         frozen=pick("frozen"),
         buffers=pick("buffers"),
@@ -73,6 +84,7 @@ def state_shardings(state: State, trees: Trees, placement: Placement) -> State:
     return State(
         step=placement.replicated,
         seed=placement.replicated,
+        rates=everywhere(state.rates),
         params=follow(state.params),
         frozen=follow(state.frozen),
         buffers=follow(state.buffers),

@@ -32,7 +32,8 @@ class Step:
     Args:
       trees: the modules.
       objective: the loss.
-      optimizer, tx: the rule for gradients, and its transformation for these trees.
+      optimizer: the rule for gradients.
+      stage: which of the run's it is, whose rates the state has.
       batch_size: rows in a step.
       accumulate: micro-batches in a step.
       clip: largest global norm of a gradient, or None.
@@ -43,7 +44,7 @@ class Step:
     trees: Trees
     objective: Objective
     optimizer: Optimizer
-    tx: optax.GradientTransformation
+    stage: int
     batch_size: int
     accumulate: int = 1
     clip: float | None = 1.0
@@ -66,7 +67,9 @@ class Step:
         if self.clip is not None:
             shrink = jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-30))
             gradients = jax.tree.map(lambda g: g * shrink.astype(g.dtype), gradients)
-        updates, optimizer = self.tx.update(gradients, state.optimizer, state.params)
+        rule = self.optimizer.tabled(state.rates[self.stage])
+        tx = rule({name: self.trees.axes[name] for name in state.params})
+        updates, optimizer = tx.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
 
         models = self.trees.models(params, state.frozen, state.buffers)
@@ -92,7 +95,7 @@ class Step:
             # Nor do controllers hear of it: one sum that is not finite would stay in theirs. No token chose anything.
             stats, tallies = jax.tree.map(lambda value: jnp.where(ok, value, 0), (stats, tallies))
             metrics |= {"skipped": guard["skipped"], "skipped_in_a_row": guard["run"]}
-        metrics |= self.optimizer.rates(state.step)
+        metrics |= rule.rates(state.step)
         out = {"metrics": metrics, "sums": stats, "tallies": tallies}
         return replace(new, step=state.step + 1, frozen=state.frozen, guard=guard), out
 

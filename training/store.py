@@ -9,7 +9,6 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-import numpy as np
 
 from checkpoints.store import Checkpoints
 from models.stack import layer_names
@@ -76,12 +75,12 @@ class Store:
         frozen = self._frozen(target)
         shardings = self.plan.shardings
         group = jax.jit(
-            lambda tree, seed: State(
-                **by_group(tree, {**target.kept(), "frozen": target.frozen}, self.names), seed=seed
+            lambda tree, config: State(
+                **by_group(tree, {**target.kept(), "frozen": target.frozen}, self.names), **config
             ),
             out_shardings=shardings,
         )
-        return group({**kept, "frozen": frozen}, np.uint32(self.plan.run.seed)), saved["control"]
+        return group({**kept, "frozen": frozen}, self.plan.configured()), saved["control"]
 
     def values(self) -> tuple[int, dict[str, Any]]:
         """The newest complete checkpoint's step, and its leaves without the optimizer's.

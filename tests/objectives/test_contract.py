@@ -57,7 +57,7 @@ def gradients(name: str, rules, devices: int, accumulate: int = 1):
     with placement.scope(), warnings.catch_warnings():
         trees = Trees.plan(build(case))
         step = Step(
-            trees=trees, objective=objective, optimizer=Sgd(learning_rate=0.1), tx=None, batch_size=ROWS,
+            trees=trees, objective=objective, optimizer=Sgd(learning_rate=0.1), stage=0, batch_size=ROWS,
             accumulate=accumulate,
         )  # fmt: skip
         values = initial(trees)

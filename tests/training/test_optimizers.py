@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,11 @@ import training
 from partitioning.errors import UserError
 from training.adafactor import Adafactor
 from training.lion import Lion
-from training.matrices import matrix_axes
+from training.matrices import MatrixDescent, matrix_axes
 from training.muon import Muon
 from training.optimizers import AdamW, Descent, Groups, Lamb, Optimizer, Sgd
 from training.per_layer import per_layer, state_axes
+from training.plan import rate_tables
 
 for module in pkgutil.iter_modules(training.__path__):
     importlib.import_module(f"training.{module.name}")
@@ -146,6 +148,32 @@ def difference_after_three_steps(make, only=""):
 @pytest.mark.parametrize("kind", concrete(Optimizer), ids=lambda kind: kind.__name__)
 def test_scanned_equals_unscanned_after_three_steps(kind):
     assert difference_after_three_steps(example(kind)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", concrete(Optimizer), ids=lambda kind: kind.__name__)
+def test_rates_from_tables_are_the_optimizer_s_own(kind):
+    """Updates, the state's structure and the logged rates, in float64; a table of others is other updates."""
+    optimizer, axes = example(kind), stacked_axes()
+    if issubclass(kind, MatrixDescent):
+        optimizer = replace(optimizer, adam_learning_rate=0.03)
+    with jax.enable_x64(True):
+        flat, _ = separate_leaves(0, np.float64)
+        params = stacked(flat)
+        gradients = [stacked(separate_leaves(seed, np.float64)[0]) for seed in (1, 2, 3)]
+        (tables,) = rate_tables([optimizer], 3)
+        tabled = optimizer.tabled(tables)
+        assert jax.tree.structure(tabled(axes).init(params)) == jax.tree.structure(optimizer(axes).init(params))
+        own, same = (three_steps(rule(axes), params, gradients) for rule in (optimizer, tabled))
+        for name in own:
+            np.testing.assert_allclose(same[name], own[name], rtol=1e-12, err_msg=name)
+        for step in range(3):
+            assert tabled.rates(step).keys() == optimizer.rates(step).keys()
+            for name, rate in optimizer.rates(step).items():
+                np.testing.assert_allclose(tabled.rates(step)[name], rate, rtol=1e-7)
+        for doubled in tables:
+            other = {name: table * (2 if name == doubled else 1) for name, table in tables.items()}
+            moved = three_steps(optimizer.tabled(other)(axes), params, gradients)
+            assert any(np.abs(moved[name] - own[name]).max() > 1e-4 for name in own), doubled
 
 
 @pytest.mark.parametrize(

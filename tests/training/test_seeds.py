@@ -1,16 +1,19 @@
-"""Runs that differ in their seed share what is compiled, and draw what each would draw alone."""
+"""Runs that differ in their seed or their rates share what is compiled, and do what each would do alone."""
 
 import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 from running import assert_same_end, devices, metrics, record, tiny
 
 from evaluation.reading import named
 from partitioning import data
 from training.loop import follow
+from training.optimizers import AdamW
 from training.plan import Plan
+from training.run import Stage
 from training.watch import Watch
 
 
@@ -35,6 +38,46 @@ def test_one_plan_trains_every_seed_as_its_own(tmp_path, monkeypatch):
     losses = [[row["loss"] for row in metrics(tmp_path / f"shared{seed}").values()] for seed in (first, second)]
     assert losses[0] != losses[1]
     assert record(tmp_path / f"shared{first}", 4) != record(tmp_path / f"shared{second}", 4)
+
+
+def test_runs_that_differ_in_their_rate_have_one_program(tmp_path):
+    """A number or another, a schedule or another: what is compiled is the same to the letter, and what is trained is not."""
+    pairs = (
+        (AdamW(learning_rate=0.01), AdamW(learning_rate=0.02)),
+        (
+            AdamW(learning_rate=optax.cosine_decay_schedule(0.01, 4)),
+            AdamW(learning_rate=optax.linear_schedule(0.0, 0.03, 4)),
+        ),
+    )
+    with devices(1):
+        for index, pair in enumerate(pairs):
+            ends = []
+            for optimizer, steps in zip(pair, (4, 6), strict=True):
+                run = tiny("mlm", optimizer=optimizer, steps=steps, rules=data())
+                plan = run.plan()
+                ends.append(plan.lower(plan.stages[0]).as_text())
+                out = tmp_path / f"{index}{steps}"
+                run.train(out)
+                logged = {step: row["learning_rate"] for step, row in metrics(out).items()}
+                own = [float(optimizer.rates(step - 1)["learning_rate"]) for step in logged]
+                assert list(logged.values()) == pytest.approx(own, rel=1e-6)
+            assert ends[0] == ends[1]
+            assert metrics(tmp_path / f"{index}4")[4]["loss"] != metrics(tmp_path / f"{index}6")[4]["loss"]
+
+
+def test_each_stage_has_its_own_rates(tmp_path):
+    run = tiny(
+        "mlm",
+        steps=None,
+        rules=data(),
+        stages=[
+            Stage(steps=2, optimizer=AdamW(learning_rate=0.01)),
+            Stage(steps=2, optimizer=AdamW(learning_rate=0.5)),
+        ],
+    )
+    with devices(1):
+        run.train(tmp_path)
+    assert [row["learning_rate"] for row in metrics(tmp_path).values()] == pytest.approx([0.01, 0.01, 0.5, 0.5])
 
 
 class Told:
