@@ -272,8 +272,8 @@ class Plan:
 def rate_tables(optimizers: Sequence[Optimizer], steps: int) -> tuple[dict[str, np.ndarray], ...]:
     """Each optimizer's rates at all steps of a run, by name; as long as the next power of two, which many runs share."""
     every = np.arange(max(1024, 1 << (steps - 1).bit_length()))
-    tables = jax.jit(lambda: [jax.vmap(optimizer.rates)(every) for optimizer in optimizers])
-    return tuple(jax.device_get(tables()))
+    # Not jitted: with other constants it would be compiled again.
+    return tuple(jax.device_get(jax.vmap(optimizer.rates)(every)) for optimizer in optimizers)
 
 
 def vocabulary_of(reader: Any) -> Vocabulary:
