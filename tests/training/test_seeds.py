@@ -56,13 +56,13 @@ def test_runs_that_differ_in_their_rate_have_one_program(tmp_path):
                 run = tiny("mlm", optimizer=optimizer, steps=steps, rules=data())
                 plan = run.plan()
                 ends.append(plan.lower(plan.stages[0]).as_text())
-                out = tmp_path / f"{index}{steps}"
-                run.train(out)
-                logged = {step: row["learning_rate"] for step, row in metrics(out).items()}
-                own = [float(optimizer.rates(step - 1)["learning_rate"]) for step in logged]
-                assert list(logged.values()) == pytest.approx(own, rel=1e-6)
+                if index:
+                    follow(plan, tmp_path / str(steps))
+                    logged = {step: row["learning_rate"] for step, row in metrics(tmp_path / str(steps)).items()}
+                    own = [float(optimizer.rates(step - 1)["learning_rate"]) for step in logged]
+                    assert list(logged.values()) == pytest.approx(own, rel=1e-6)
             assert ends[0] == ends[1]
-            assert metrics(tmp_path / f"{index}4")[4]["loss"] != metrics(tmp_path / f"{index}6")[4]["loss"]
+    assert metrics(tmp_path / "4")[4]["loss"] != metrics(tmp_path / "6")[4]["loss"]
 
 
 def test_each_stage_has_its_own_rates(tmp_path):
