@@ -16,6 +16,7 @@ from objectives.base import Schedule, at
 from objectives.draws import Draws
 from partitioning import UserError
 from partitioning.ranges import Range, check_fields
+from partitioning.spoiled import spoiled
 
 
 class Selection(NamedTuple):
@@ -113,7 +114,7 @@ class RatedSelect(Select):
         slots = jnp.sort(slots, axis=1)[:, :places]
         used = slots < length
         # A count above the places cannot be dropped quietly: the loss becomes NaN and the guard names the step.
-        weight = jnp.where(count[:, None] > places, jnp.nan, used.astype(jnp.float32))
+        weight = spoiled(used.astype(jnp.float32), count[:, None] > places)
         return Selection(jnp.where(used, slots, 0), weight)
 
 

@@ -12,6 +12,7 @@ from models.backends.view import View, refuse
 from models.masks import Bidirectional, Both, Causal, Either, Mask, Window
 from models.positions import gather
 from partitioning import on_each_device, platform, ways
+from partitioning.spoiled import spoiled
 
 # Lanes of a TPU's vector unit: rows are padded to a multiple, and blocks of queries and keys are of one.
 LANES, BLOCK = 128, 512
@@ -109,7 +110,7 @@ def product(
     # Padding is a segment of its own to the kernel, and sees itself.
     mixed = jnp.where((segments > 0)[..., None, None], mixed, 0)
     if counts_places(view.mask):
-        mixed = jnp.where(whole(segments, positions)[:, None, None, None], mixed, jnp.nan)
+        mixed = spoiled(mixed, ~whole(segments, positions)[:, None, None, None])
     return mixed if view.at is None else gather(mixed, view.at)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from models.mixture.routing import Routing, took
 from partitioning import UserError
+from partitioning.spoiled import spoiled
 
 
 class DomainRouter(nnx.Module):
@@ -47,6 +48,6 @@ class DomainRouter(nnx.Module):
         wide = jnp.promote_types(x.dtype, jnp.float32)
         routes = jnp.broadcast_to(context.routes[:, None, None], (*present.shape, 1))
         known = (routes >= 0) & (routes < self.experts)
-        weights = jnp.where(known, jnp.ones((), wide), jnp.nan)
+        weights = spoiled(jnp.ones((), wide), ~known)
         chosen = jnp.clip(routes, 0, self.experts - 1)
         return Routing(chosen, weights, took(chosen, self.experts, wide))
