@@ -97,7 +97,13 @@ class BucketFolder(Folder):
             if not jax.process_index():
                 # A client of its own: one is not for two threads at once.
                 self._lease = Lease(storage.Client().bucket(name), self._prefix + FILE, address, say)
-            self._fetch()
+            try:
+                self._fetch()
+            except BaseException:
+                # Nothing is sent: what came by halves would take the place of what is whole.
+                with suppress(Exception):
+                    self.close()
+                raise
 
     def _fetch(self) -> None:
         """What earlier starts left, checkpoints aside: those have by far the most objects, so they are not even listed."""

@@ -128,6 +128,9 @@ def test_files_are_sent_once_and_an_object_that_leaves_the_folder_is_refused(fol
     storage.Client().bucket("tests").blob(f"{folder.removeprefix('gs://tests/')}/../../x").upload_from_string("1")
     with pytest.raises(UserError, match="leaves the folder: remove it"), opened(folder, print):
         pass
+    assert sent == ["a", "c"]
+    # A folder that could not be read is let go.
+    assert lease.FILE not in names(folder)
 
 
 def test_a_bucket_that_is_not_there_is_one_line():
@@ -157,7 +160,7 @@ def test_the_command_trains_into_a_bucket_and_reads_from_there(folder, tmp_path,
             ["checkpoints", "verify", folder],
             ["checkpoints", "average", folder, "--out", "mean"],
             ["fill", folder, "foxes [MASK] over"],
-            ["report", folder, "--out", "page.html"],
+            ["report", folder],
             ["train", "run.gin", "Run.steps = 6", f"Run.init_from = '{folder}'", "--out", "further"],
         ):
             capsys.readouterr()
@@ -168,6 +171,24 @@ def test_the_command_trains_into_a_bucket_and_reads_from_there(folder, tmp_path,
                 assert f"{folder}: checkpoint of step 4" in said
             if words[:2] == ["checkpoints", "list"]:
                 assert said.split()[0] == "4"
+    assert "report.html" in names(folder)
     assert not os.path.exists("gs:")
     assert palmette("train", "run.gin", "--out", "s3://x/y") == 2
     assert "s3://x/y: expected a local folder or gs://BUCKET/FOLDER" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_run_in_a_bucket_is_gone_on_with_and_exported(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PALMETTE_CACHE", str(tmp_path / "cache"))
+    small = ["Run.batch_size = 8", "Run.length = 32", "Run.evaluators = []", "Run.steps = 2"]
+    with devices(1):
+        for words in (
+            ["prepare", "configs/llama.gin"],
+            ["train", "configs/llama.gin", *small, "--out", folder],
+            ["generate", folder, "def ", "--tokens", "3"],
+            ["export", folder, "--out", "hub"],
+        ):
+            status = palmette(*words)
+            assert status == 0, capsys.readouterr().err
+    assert (tmp_path / "hub" / "model.safetensors").is_file()
