@@ -15,10 +15,13 @@ from jaxtyping import Array, Float
 
 from models.feed_forward import ACTIVATIONS, Activation
 from models.initializers import normal
-from models.linear import FEW, linear
+from models.linear import linear
 from models.norms import LayerNorm
 from models.variables import param
 from models.vocabulary import Vocabulary
+
+# Up to so many states the table comes first in the product: as the second side XLA for CPU would pack it anew for them.
+FEW = 64
 
 
 @jax.tree_util.register_dataclass

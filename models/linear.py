@@ -1,30 +1,13 @@
 """Products of hidden states with weights."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from partitioning import is_cut
-
-# Up to so many states weights come first in a product, their summed dimension last: as the second side XLA for CPU would pack
-# them anew each time.
-FEW = 64
-_repeated = ContextVar("repeated", default=False)
-
-
-@contextmanager
-def repeated() -> Iterator[None]:
-    """A loop's body: its products are done again and again with the same kernels, so turning those round once pays."""
-    token = _repeated.set(True)
-    try:
-        yield
-    finally:
-        _repeated.reset(token)
 
 
 def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D *F"]) -> Float[Array, "..."]:
@@ -41,19 +24,7 @@ def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D *F"]) -> Float[Array
     lead, trail = x.shape[:-1], kernel.shape[1:]
     if len(lead) < 2 or is_cut("length"):
         return jnp.tensordot(x, kernel, axes=1)
-    states = math.prod(lead)
-    flat = x.reshape(states, x.shape[-1])
-    if _repeated.get() and 1 < states <= FEW:
-        matrix = kernel.reshape(kernel.shape[0], -1)
-        return jax.lax.platform_dependent(flat, matrix, cpu=_turned, default=jnp.matmul).reshape(*lead, *trail)
-    return jnp.tensordot(flat, kernel, axes=1).reshape(*lead, *trail)
-
-
-def _turned(x: Float[Array, "B D"], kernel: Float[Array, "D F"]) -> Float[Array, "B F"]:
-    """(kernel^T x^T)^T. What is turned round before the loop lies behind a barrier, or the product takes it back."""
-    turned = jax.lax.optimization_barrier(kernel.T)
-    product = jax.lax.dot_general(turned, x, (((1,), (1,)), ((), ())))
-    return jax.lax.optimization_barrier(product).T
+    return jnp.tensordot(x.reshape(math.prod(lead), x.shape[-1]), kernel, axes=1).reshape(*lead, *trail)
 
 
 def side_by_side(x: Float[Array, "*B D"], kernels: Sequence[Float[Array, "D *F"]]) -> list[Float[Array, "..."]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -201,22 +199,3 @@ def test_a_trunk_is_left_as_it_is():
     assert not other.stack.scanned
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, nnx.split(trunk)[1]))
     assert len(trunk.stack.scanned) == 2
-
-
-def test_weights_are_turned_once_and_not_in_every_step():
-    """Several rows: inside the loop nothing of a kernel's shape is made, and products have the kernel on the left."""
-    trunk = unrolled(writer("llama"))
-    given = prompts(3, 7, 1)
-    graph, state = nnx.split(trunk)
-    run = jax.jit(lambda s, p, k: generate(TrunkDecoder(nnx.merge(graph, s)), p, Greedy(), STOP, k))
-    text = run.lower(state, given, jax.random.split(jax.random.key(5), 3)).compile().as_text()
-    (name,) = set(re.findall(r"while\(.*body=%([\w.\-]+)", text))
-    body = re.search(rf"^%{re.escape(name)} .*?^}}", text, re.MULTILINE | re.DOTALL)[0]
-    # Queries, keys and values side by side are the one kernel whose sides are of no other's.
-    mixer = trunk.stack.layers["0"].mixer
-    width, *_ = mixer.query.shape
-    joined = sum(math.prod(kernel.shape[1:]) for kernel in (mixer.query, mixer.key, mixer.value))
-    made = re.findall(r"= \w+\[([\d,]+)\]\S* ([\w\-]+)\(", body)
-    found = {kind for shape, kind in made if shape == f"{joined},{width}"}
-    assert found == {"get-tuple-element"}
-    assert f"[{width},{joined}]" not in body
