@@ -143,7 +143,19 @@ def _trained(
         for line in plan.trees.warnings:
             progress.say(line)
         loop = Loop(
-            plan, store, log, writer, progress, interrupt, goodput, Hosts(folder, goodput), trace, spent, folder, watch
+            plan,
+            store,
+            log,
+            writer,
+            progress,
+            interrupt,
+            goodput,
+            Hosts(folder, goodput),
+            trace,
+            spent,
+            folder,
+            watch,
+            debug,
         )
         for stage, program in zip(remaining, programs, strict=True):
             with goodput("step"):
@@ -177,6 +189,7 @@ class Loop:
     spent: Spent
     folder: Folder
     watch: Watch
+    debug: bool
     figures: dict[str, float] = field(default_factory=dict)
     words: str = ""
     stopped: bool = False
@@ -215,7 +228,8 @@ class Loop:
                 last = done == self.plan.steps or self.stopped
                 judge = bool(self.judges) and (done % run.evaluate_every == 0 or last)
                 save = done % run.checkpoint_every == 0 or last
-                if judge or save:
+                # A debugged step has ended when it returns: there is nothing to wait for.
+                if judge or save or self.debug:
                     self._read(stage, *before)
                     before = None
                 # Judged before saved: whatever a checkpoint has behind it is on file.

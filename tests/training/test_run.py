@@ -23,6 +23,8 @@ from partitioning import UserError, fsdp
 from training import screen
 from training.judging import judged, lines, open_judges, values_of
 from training.programs import keep_programs
+from training.progress import Progress
+from training.step import Step
 from training.store import Store
 
 
@@ -210,3 +212,22 @@ def test_mfu_and_its_formula_are_shown(trained):
     assert printed.count("MFU = model FLOPs / (seconds x devices x peak) = ") == 1
     assert "/ (seconds of a step x 8 x " in printed
     assert "MFU " in next(line for line in printed.splitlines() if line.startswith("step 3/3"))
+
+
+def test_debugged_steps_are_those_of_the_program_and_each_is_told_before_the_next(tmp_path, monkeypatch):
+    small = {
+        "model": partial(make().model, layers=1),
+        "objective": CausalLM(),
+        "steps": 2,
+        "average": None,
+        "evaluators": [],
+        "rules": None,
+    }
+    compiled = make(**small).train(tmp_path / "compiled")
+    order = []
+    step, update = Step.__call__, Progress.update
+    monkeypatch.setattr(Step, "__call__", lambda *a: order.append("step") or step(*a))
+    monkeypatch.setattr(Progress, "update", lambda *a, **k: order.append("told") or update(*a, **k))
+    debugged = make(**small).train(tmp_path / "debugged", debug=True)
+    assert debugged["loss"] == pytest.approx(compiled["loss"], rel=1e-5)
+    assert order[-4:] == ["step", "told", "step", "told"]
