@@ -9,6 +9,8 @@ RUN ?= runs/quickstart
 
 # No accelerator is asked for where one is not: tests run on eight fake CPU devices.
 TEST_ENV := JAX_PLATFORMS=cpu
+# What a file trains and compiles serves all its tests: they stay on one worker.
+PARALLEL := -n 2 --dist loadfile
 
 .PHONY: install lint browser test test-all test-pods quickstart docs bench chaos clean
 
@@ -38,17 +40,17 @@ browser:
 # With libtpu's compiler, and without `transformers`.
 test: lint browser
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[tpu]'
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m 'not long'
+	$(TEST_ENV) $(BIN)/python -m pytest $(PARALLEL) -m 'not long'
 
 # The long tests too, against `transformers` itself and libtpu's compiler, and the other end of the supported stack: the newest Python with the newest jax.
 test-all: lint browser
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity,data,tpu,wandb]'
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+	$(TEST_ENV) $(BIN)/python -m pytest $(PARALLEL)
 	@python3.13 -c '' 2>/dev/null || { echo 'make test-all: python3.13 does not start, expected one on PATH: it runs the suite with jax 0.12' >&2; exit 2; }
 	$(MAKE) VENV=.venv313 PYTHON=python3.13 install
 	.venv313/bin/python -m pip install --quiet --disable-pip-version-check -e '.[tpu]'
 	.venv313/bin/python -c 'import jax; assert jax.__version__.startswith("0.12."), f"jax {jax.__version__}, expected 0.12"'
-	$(TEST_ENV) .venv313/bin/python -m pytest -n 2 -m 'not long'
+	$(TEST_ENV) .venv313/bin/python -m pytest $(PARALLEL) -m 'not long'
 
 # Every config of configs/pods compiled for its topology: minutes each.
 test-pods: $(STAMP)
