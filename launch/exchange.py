@@ -36,13 +36,12 @@ def imported(folder: Path, out: Path) -> list[str]:
     opened = Folder.open(folder)
     unknown = Vocabulary(size=opened.config["vocab_size"], pad=-1, bos=-1, eos=-1, mask=-1, cls=-1, sep=-1)
     trunk = nnx.eval_shape(lambda: opened.trunk(unknown, rngs=nnx.Rngs(0)))
-    leaves = jax.eval_shape(unstack, flatten(trunk, nnx.Param))
-    shapes = {name: leaf.shape for name, leaf in leaves.items()}
-    found, left = opened.load(trunk, shapes)
+    leaves = jax.eval_shape(unstack, flatten(trunk, nnx.Variable))
+    found, left = opened.load(trunk, {name: leaf.shape for name, leaf in leaves.items()})
     out.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = spec_of(folder)
     out.write_text(_gin(opened, folder, tokenizer), encoding="utf-8")
-    count = sum(array.size for array in found.values())
+    count = sum(leaf.size for leaf in flatten(trunk, nnx.Param).values())
     lines = [f"{folder}: a {opened.family} of {count:,} parameters, {len(found)} arrays used"]
     if left:
         lines.append(f"left: {', '.join(left)}")
@@ -113,9 +112,9 @@ def exported(run: Any, folder: Path, out: Path) -> list[str]:
 
     trunk, tokenizer = run.restore(folder)
     files = files_of(tokenizer)
-    values = {name: np.asarray(value) for name, value in unstack(flatten(trunk, nnx.Param)).items()}
+    values = {name: np.asarray(value) for name, value in unstack(flatten(trunk, nnx.Variable)).items()}
     export(out, trunk, values, files)
-    count = sum(value.size for value in values.values())
+    count = sum(value.size for value in flatten(trunk, nnx.Param).values())
     kind = type(tokenizer).__name__
     said = "with its tokenizer" if files else f"without a tokenizer: the run's ({kind}) is no tokenizer.json"
     return [f"{out}: a {trunk.family.name} of {count:,} parameters, {said}"]

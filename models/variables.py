@@ -80,8 +80,8 @@ def axes_of(module: nnx.Module, kind: type[nnx.Variable]) -> Axes:
 
 
 def replace_values(module: nnx.Module, values: Mapping[str, jax.Array]) -> None:
-    """Sets parameters by path; those that are not named keep what they have."""
-    for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+    """Sets parameters and buffers by path; those that are not named keep what they have."""
+    for path, leaf in nnx.to_flat_state(nnx.state(module, (nnx.Param, Buffer))):
         name = "/".join(map(str, path))
         if name in values:
             leaf.set_value(values[name].astype(leaf.get_value().dtype))

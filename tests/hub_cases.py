@@ -40,7 +40,7 @@ def imported(folder, vocabulary=VOCABULARY, **options):
     """Our trunk with a folder's weights."""
     opened = Folder.open(folder)
     trunk = opened.trunk(vocabulary, rngs=nnx.Rngs(0), trunk=partial(Trunk, **options))
-    shapes = flatten(trunk, nnx.Param)
+    shapes = flatten(trunk, nnx.Variable)
     names = layer_names(shapes)
     found, left = opened.load(trunk, {k: v.shape for k, v in unstack(shapes).items()})
     assert not left

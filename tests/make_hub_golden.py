@@ -178,7 +178,7 @@ def made(name):
 
 def filled(model):
     """The model with weights set by the names that its files have, which are not those of its parameters."""
-    kept = dict(model.named_buffers())
+    kept = {name for name, _ in model.named_buffers() if not name.endswith("bias")}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         path = Path(folder) / "model.safetensors"

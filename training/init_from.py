@@ -30,14 +30,14 @@ NAMED = 4
 
 @dataclass(frozen=True)
 class Initial:
-    """What a tree begins with; parameters are named by path, layers by index.
+    """What a tree begins with; parameters and buffers are named by path, layers by index.
 
     Args:
       values: arrays by path, in the tree's grouping and shardings.
       source: the folder.
-      used: parameters that the folder gave.
+      used: what the folder gave.
       spread: those of them that a dense layer gave to every expert.
-      reinitialised: parameters that begin as in a run without the folder.
+      reinitialised: what begins as in a run without the folder: by name, and buffers that are not there.
       left: what the folder has and the tree has no place for, by its names there.
     """
 
@@ -50,7 +50,7 @@ class Initial:
 
     def line(self, tree: str) -> str:
         """The report of a tree in one line."""
-        parts = [f"{len(self.used)} parameters used"]
+        parts = [f"{len(self.used)} arrays used"]
         kinds = (
             ("given to every expert", self.spread),
             ("re-initialised", self.reinitialised),
@@ -76,9 +76,11 @@ def keep_report(out: Path, initial: Mapping[str, Initial], say: Callable[[str], 
 
 
 def initial_values(trees: Trees, placement: Placement, tree: str, seeded: Callable[[], Flat]) -> Initial:
-    """The parameters that a tree's `init_from` has for it; those that `reinitialise` matches are the run's own.
+    """The parameters and buffers that a tree's `init_from` has for it; those that `reinitialise` matches are the run's own.
 
-    Matrices of experts that are one matrix in a run's folder, a dense layer's, take that one for every expert.
+    Buffers are part of the function: routers' biases, tables of hashes, a norm's running statistics. One that a run's folder
+    does not have begins as usual. Matrices of experts that are one matrix there, a dense layer's, take that one for every
+    expert.
 
     Args:
       trees: of the run.
@@ -95,10 +97,11 @@ def initial_values(trees: Trees, placement: Placement, tree: str, seeded: Callab
     mine = {
         name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name])
         for name, shape in trees.shapes.items()
-        if name.startswith(f"{tree}/") and trees.kinds[name] != "buffers"
+        if name.startswith(f"{tree}/")
     }
     short = lambda flat: {name.removeprefix(f"{tree}/"): leaf for name, leaf in flat.items()}
     leaves = short(by_index(mine, names))
+    buffers = {n.removeprefix(f"{tree}/") for name in mine if trees.kinds[name] == "buffers" for n in names[name]}
     anew = found_by(patterns, leaves, owner=f"reinitialise of tree {tree!r}")
     wanted = {name: leaf for name, leaf in leaves.items() if name not in anew}
     spread: list[str] = []
@@ -107,20 +110,22 @@ def initial_values(trees: Trees, placement: Placement, tree: str, seeded: Callab
     else:
         sparse = [name for name in mine if "expert" in trees.axes[name]]
         many = wanted.keys() & {n.removeprefix(f"{tree}/") for name in sparse for n in names[name]}
-        found, spread, left = _from_run(folder, leaves, wanted, many, placement)
+        found, spread, left = _from_run(folder, leaves, wanted, many, buffers, placement)
+        anew |= wanted.keys() - found.keys()
     if anew:
         own = short(by_index({name: leaf for name, leaf in seeded().items() if name in mine}, names))
         found = found | {name: own[name] for name in anew}
     values = by_group({f"{tree}/{name}": value for name, value in found.items()}, mine, names)
-    return Initial(short(values), folder, sorted(wanted), spread, sorted(anew), left)
+    return Initial(short(values), folder, sorted(leaves.keys() - anew), spread, sorted(anew), left)
 
 
 def _from_run(
-    folder: str, leaves: Flat, wanted: Flat, sparse: Set[str], placement: Placement
+    folder: str, leaves: Flat, wanted: Flat, sparse: Set[str], buffers: Set[str], placement: Placement
 ) -> tuple[Flat, list[str], list[str]]:
-    """Parameters of a run's trunk, from its newest checkpoint and, where they were frozen there, from its frozen tree.
+    """What a run's trunk had, from its newest checkpoint and, where it was frozen there, from its frozen tree.
 
-    Those that are `sparse`, with experts first, may be there without them; which are so is the second result.
+    Parameters that are `sparse`, with experts first, may be there without them; which are so is the second result. `buffers`
+    need not be there.
     """
     store = Checkpoints(checkpoints_in(folder))
     if not store.steps():
@@ -129,16 +134,24 @@ def _from_run(
             "the Hugging Face layout"
         )
     table, metadata = store.newest()
-    trained, frozen = "params/trunk/", "trunk/"
-    there = {n.removeprefix(trained): tuple(e["shape"]) for n, e in table.items() if n.startswith(trained)}
+    frozen = "trunk/"
+    there: dict[str, dict[str, tuple[int, ...]]] = {"params": {}, "buffers": {}}
+    for kind, known in there.items():
+        begin = f"{kind}/trunk/"
+        known |= {n.removeprefix(begin): tuple(e["shape"]) for n, e in table.items() if n.startswith(begin)}
     reference = metadata.get("frozen", {}).get("trunk")
     kept = store.frozen_leaves(reference) if reference else {}
-    shapes = there | {name.removeprefix(frozen): leaf.shape for name, leaf in kept.items()}
+    shapes = there["params"] | there["buffers"] | {name.removeprefix(frozen): leaf.shape for name, leaf in kept.items()}
     spread = sorted(name for name in sparse if shapes.get(name) == wanted[name].shape[1:])
     whole, wanted = wanted, wanted | {name: entry(wanted[name], 0) for name in spread}
+    wanted = {name: leaf for name, leaf in wanted.items() if name in shapes or name not in buffers}
     _check(folder, wanted, shapes)
-    asked = {f"trunk/{name}": leaf for name, leaf in wanted.items() if name in there}
-    found: Flat = store.restore_part({"params": asked})[0]["params"] if asked else {}
+    parts = {
+        kind: {f"trunk/{name}": leaf for name, leaf in wanted.items() if name in known} for kind, known in there.items()
+    }
+    asked = {kind: part for kind, part in parts.items() if part}
+    restored = store.restore_part(asked)[0] if asked else {}
+    found: Flat = {name: value for part in restored.values() for name, value in part.items()}
     if reference and any(frozen + name in kept for name in wanted):
         # Its hash is of the whole tree, so that is read: on every device what has no place here.
         everywhere = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.replicated)

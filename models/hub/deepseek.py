@@ -11,12 +11,10 @@ from models.families.family import Family
 from models.hub.layout import Layout, Tensor, heads_in, heads_out, rows_padded, same, turned, turned_entry
 from models.hub.llama import scaling, unscaled
 from models.rope_scaling import RopeScaling
-from models.variables import Statistic, flatten
 from partitioning import UserError
 
 # Our names of an expert's, or a feed-forward layer's, matrices.
 FORWARD = (("gate", "inner"), ("up", "gate"), ("down", "outer"))
-BIAS = "e_score_correction_bias"
 
 
 class DeepSeek(Layout):
@@ -63,10 +61,6 @@ class DeepSeek(Layout):
         if family["shared"] % family["expert_hidden"]:
             raise UserError(
                 f"deepseek.shared = {family['shared']}: that layout has whole experts of {family['expert_hidden']} features"
-            )
-        if any(np.any(np.asarray(bias)) for bias in flatten(trunk, Statistic).values()):
-            raise UserError(
-                "the routers' biases have moved from 0, and are not written into that layout: nothing is exported"
             )
         rope = unscaled(family["scaling"]) | {"rope_theta": family["theta"]}
         return {
@@ -121,6 +115,7 @@ class DeepSeek(Layout):
                 yield from _dense(theirs, ours)
                 continue
             yield turned(f"{theirs}.gate.weight", f"{ours}/router/kernel")
+            yield same(f"{theirs}.gate.e_score_correction_bias", f"{ours}/router/bias")
             for e in range(family["experts"]):
                 for word, name in FORWARD:
                     yield turned_entry(f"{theirs}.experts.{e}.{word}_proj.weight", f"{ours}/{name}", e)
@@ -132,10 +127,6 @@ class DeepSeek(Layout):
     def spare(self, name: str) -> bool:
         """A tied head that was written out."""
         return name == "lm_head.weight"
-
-    def null(self, name: str) -> bool:
-        """The routers' biases, which are no parameters here and begin at 0."""
-        return name.endswith(BIAS)
 
 
 def sharpened(config: Mapping[str, Any]) -> RopeScaling | None:

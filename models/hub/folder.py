@@ -101,8 +101,8 @@ class Folder:
 
         Args:
           trunk: of the same family and sizes.
-          shapes: of the trunk's parameters, layers by index.
-          asked: the parameters that are wanted; None for all. What the others need not be there, or of their shape.
+          shapes: of the trunk's parameters and buffers, layers by index.
+          asked: those that are wanted; None for all. What the others need not be there, or of their shape.
 
         Returns:
           The arrays by name, and the tensors that the trunk has no place for.
@@ -134,12 +134,6 @@ class Folder:
         left = []
         for name, array in self._arrays():
             tensor = wanted.pop(name, None)
-            if tensor is None and layout.null(name):
-                if array.any():
-                    raise UserError(
-                        f"{self.path}: tensor {name} is not 0 everywhere, and begins so here: expected zeros"
-                    )
-                continue
             if tensor is None:
                 if name not in tensors and not layout.spare(name):
                     left.append(name)
@@ -156,7 +150,7 @@ class Folder:
         lacking = sorted(name for name in asked if name not in found)
         if lacking:
             raise UserError(
-                f"{self.path}: that layout has no place for {len(lacking)} parameters, first {lacking[0]!r}: what is to begin "
+                f"{self.path}: that layout has no place for {len(lacking)} arrays, first {lacking[0]!r}: what is to begin "
                 "anew is named by reinitialise"
             )
         return {name: found[name] for name in asked}, left
@@ -216,7 +210,7 @@ def export(
     Args:
       folder: made; must not exist, or be empty.
       trunk: of a family that `transformers` has.
-      values: its parameters, layers by index.
+      values: its parameters and buffers, layers by index.
       extra: further files by name, such as the tokenizer's.
 
     Raises:
@@ -238,7 +232,7 @@ def export(
     tensors = list(layout.tensors(trunk.family, values[layout.table].shape[0]))
     homeless = sorted(values.keys() - {leaf for tensor in tensors for leaf in tensor.leaves})
     if homeless:
-        raise UserError(f"{len(homeless)} parameters have no place in that layout, first {homeless[0]!r}")
+        raise UserError(f"{len(homeless)} arrays have no place in that layout, first {homeless[0]!r}")
     arrays = {
         tensor.name: np.ascontiguousarray(tensor.go(*(values[leaf] for leaf in tensor.leaves))) for tensor in tensors
     }

@@ -63,11 +63,6 @@ class Layout(ABC):
     def spare(self, name: str) -> bool:
         """Whether a tensor of theirs only repeats others, such as a tied head."""
 
-    def null(self, name: str) -> bool:
-        """Whether a tensor of theirs stands for what begins at 0 here, so that no other value can be taken."""
-        del name
-        return False
-
 
 def same(name: str, leaf: str) -> Tensor:
     """Alike on both sides."""

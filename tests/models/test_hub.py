@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from hub_cases import GOLDEN, HERE, VOCABULARY, imported, logits, weight
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from models.hub.folder import FAMILIES, Folder
+from models.hub.folder import FAMILIES, Folder, export
 from models.stack import unstack
-from models.variables import Statistic, flatten
-from partitioning import UserError
+from models.variables import Buffer, flatten, replace_values
 
 with np.load(GOLDEN) as file:
     CASES = {
@@ -23,20 +22,26 @@ with np.load(GOLDEN) as file:
     LOGITS = {name: file[f"{name}/logits"] for name in CASES}
 
 
-@pytest.fixture(params=CASES)
-def case(request, tmp_path):
-    """Its name, and a folder with the weights under their names."""
-    (tmp_path / "config.json").write_text(json.dumps(CASES[request.param]))
-    opened = Folder.open(tmp_path)
+def written(name, folder):
+    """A case's folder, with the weights under their names."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CASES[name]))
+    opened = Folder.open(folder)
     trunk = nnx.eval_shape(lambda: opened.trunk(VOCABULARY, rngs=nnx.Rngs(0)))
-    shapes = {name: leaf.shape for name, leaf in jax.eval_shape(unstack, flatten(trunk, nnx.Param)).items()}
+    shapes = {name: leaf.shape for name, leaf in jax.eval_shape(unstack, flatten(trunk, nnx.Variable)).items()}
     layout = FAMILIES[opened.family][1]
     arrays = {}
     for tensor in layout.tensors(trunk.family, shapes[layout.table][0]):
         shape = tensor.go(*(np.zeros(shapes[leaf], np.float32) for leaf in tensor.leaves)).shape
         arrays[tensor.name] = weight(tensor.name, shape)
-    save_file(arrays, tmp_path / "model.safetensors")
-    return request.param, tmp_path
+    save_file(arrays, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(params=CASES)
+def case(request, tmp_path):
+    """Its name, and its folder."""
+    return request.param, written(request.param, tmp_path)
 
 
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unscanned"])
@@ -48,22 +53,16 @@ def test_logits_are_those_of_transformers(case, scan):
     np.testing.assert_allclose(found[HERE], LOGITS[name][HERE], rtol=0, atol=1e-4 * max(1, np.abs(LOGITS[name]).max()))
 
 
-def test_biases_of_routers_that_have_moved_are_refused(tmp_path):
-    """They are no parameters here: neither read as if they were 0, nor left out of what is written."""
-    (tmp_path / "config.json").write_text(json.dumps(CASES["deepseek"]))
-    opened = Folder.open(tmp_path)
-    name = "model.layers.1.mlp.gate.e_score_correction_bias"
-    save_file({name: np.full(8, 0.5, np.float32)}, tmp_path / "model.safetensors")
-    trunk = opened.trunk(VOCABULARY, rngs=nnx.Rngs(0))
-    shapes = {path: leaf.shape for path, leaf in unstack(flatten(trunk, nnx.Param)).items()}
-    with pytest.raises(UserError, match=r"gate\.e_score_correction_bias is not 0 everywhere"):
-        opened.load(trunk, shapes)
-    save_file({name: np.zeros(8, np.float32)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="tensors are missing"):
-        opened.load(trunk, shapes)
-    layout = FAMILIES["deepseek"][1]
-    layout.config(trunk)
-    for _, bias in nnx.to_flat_state(nnx.state(trunk, Statistic)):
-        bias.set_value(bias.get_value() + 1)
-    with pytest.raises(UserError, match="biases have moved from 0"):
-        layout.config(trunk)
+def test_biases_of_routers_choose_experts_and_go_out_again(tmp_path):
+    """They are buffers here. The golden logits are of biases that are not 0: with zeros they are others."""
+    folder = written("deepseek", tmp_path / "in")
+    trunk, found = imported(folder)
+    biases = flatten(trunk, Buffer)
+    assert biases
+    out = export(tmp_path / "out", trunk, found)
+    names = [name for name in load_file(folder / "model.safetensors") if name.endswith("e_score_correction_bias")]
+    assert len(names) == 2
+    for name in names:
+        np.testing.assert_array_equal(load_file(out / "model.safetensors")[name], weight(name, (8,)))
+    replace_values(trunk, {name: 0 * value for name, value in biases.items()})
+    assert np.abs(np.asarray(nnx.jit(logits)(trunk))[HERE] - LOGITS["deepseek"][HERE]).max() > 0.01

@@ -15,13 +15,26 @@ from flax import nnx
 from running import Toy, assert_same_end, devices, killed_after, tiny
 
 from launch.exchange import exported
-from models import Experts, FeedForward, RMSNorm, TopKRouter, Trunk, bert, llama, upcycle
+from models import (
+    Experts,
+    FeedForward,
+    HashRouter,
+    PowerNorm,
+    RMSNorm,
+    SigmoidRouter,
+    TopKRouter,
+    Trunk,
+    bert,
+    llama,
+    upcycle,
+)
 from models.stack import layer_names, unstack
 from models.variables import flatten, param
 from objectives.base import Companion
 from partitioning import UserError, data, fsdp_tensor
 from training.init_from import REPORT
 from training.state import by_index
+from training.store import Store
 
 SIZES = {"width": 16, "layers": 3, "heads": 2, "hidden": 16, "longest": 16}
 BERT = partial(bert, **SIZES)
@@ -56,8 +69,6 @@ def source(tmp_path_factory):
 
 
 def run_values(plan, folder):
-    from training.store import Store
-
     state, _ = Store(plan, str(folder / "checkpoints")).restore()
     return state, leaves(plan, state)
 
@@ -178,6 +189,54 @@ def test_a_companion_takes_its_own_part(source):
 
 DENSE = partial(FeedForward, hidden=16, gated=True)
 SPARSE = partial(Experts, experts=4, hidden=16, activation="gelu", router=partial(TopKRouter, renormalise=True))
+
+
+BUFFERS = {
+    "biases": {"feed_forward": partial(SPARSE, router=partial(SigmoidRouter, rate=0.1))},
+    "hashes": {"feed_forward": partial(SPARSE, router=HashRouter)},
+    "running": {"norm": PowerNorm},
+}
+LAST = {"biases": "router/bias", "hashes": "router/table", "running": "mixer_norm/mean_square"}
+
+
+@pytest.mark.parametrize("case", BUFFERS)
+def test_buffers_are_part_of_what_a_run_gives(case, tmp_path):
+    """Routers' biases, tables of hashes, running statistics: without them another function would begin. By name they begin anew."""
+    made = partial(Trunk, width=16, layers=2, **BUFFERS[case])
+    run = tiny(model=made, steps=2, average=None)
+    with devices(1):
+        run.train(tmp_path / "first")
+        expected = Store(run.plan(), str(tmp_path / "first" / "checkpoints")).restore()[0].buffers
+
+    def begun(**changes):
+        plan = tiny(model=made, seed=5, rules=fsdp_tensor(2), **changes).plan()
+        initial = plan.initial()
+        return initial.get("trunk"), plan.init(initial).buffers
+
+    _, fresh = begun()
+    found, got = begun(init_from=str(tmp_path / "first"))
+    same(got, expected)
+    assert any((np.asarray(expected[name]) != fresh[name]).any() for name in expected)
+    assert found.reinitialised == []
+    some = sorted(name for name in found.used if name.startswith("stack/layers/1/") and name.endswith(LAST[case]))
+    found, got = begun(init_from=str(tmp_path / "first"), reinitialise=some)
+    assert found.reinitialised == some
+    scanned = f"trunk/stack/scanned/0/{some[0].removeprefix('stack/layers/1/')}"
+    np.testing.assert_array_equal(got[scanned][0], expected[scanned][0])
+    np.testing.assert_array_equal(got[scanned][1], fresh[scanned][1])
+
+
+def test_a_buffer_that_is_not_there_begins_as_usual(tmp_path):
+    """And is told: routers of a run that had none."""
+    dense = tiny(model=partial(Trunk, width=16, layers=2, feed_forward=DENSE), steps=1, average=None)
+    with devices(1):
+        dense.train(tmp_path / "dense")
+    sparse = partial(Trunk, width=16, layers=2, **BUFFERS["biases"])
+    plan = tiny(model=sparse, init_from=str(tmp_path / "dense"), reinitialise=["router/kernel"]).plan()
+    found = plan.initial()["trunk"]
+    assert {name for name in found.reinitialised if "kernel" not in name} == {
+        f"stack/layers/{i}/feed_forward/router/bias" for i in range(2)
+    }
 
 
 class OneRow(RMSNorm):
