@@ -56,16 +56,19 @@ def in_parts(run: Any, times: int) -> Change:
     return Change((f"training.Run.accumulate = {run.accumulate * times}",))
 
 
-def meshes() -> list[Change]:
-    """The shipped rules, from all rows to all matrices cut."""
+def meshes(*, sparse: bool) -> list[Change]:
+    """The shipped rules, the likely ones first; `sparse` is whether there are experts to share out."""
     rule = lambda name: f"training.Run.rules = @partitioning.{name}()"
-    cut = [(rule("fsdp_tensor"), f"partitioning.fsdp_tensor.tensor = {n}") for n in (2, 4, 8)]
-    return [Change((rule("fsdp"),)), *(Change(both) for both in cut), Change((rule("data"),))]
+    cut = lambda over, *sizes: [
+        Change((rule(f"fsdp_{over}"), f"partitioning.fsdp_{over}.{over} = {size}")) for size in sizes
+    ]
+    experts = cut("expert", 2, 4, 8) if sparse else []
+    return [Change((rule("fsdp"),)), *experts, *cut("tensor", 2, 4, 8), Change((rule("data"),)), *cut("sequence", 2, 4)]
 
 
 def changes(run: Any, topology: Topology) -> Iterator[Change]:
     """What may make a run fit, what changes least first."""
-    fsdp, full = meshes()[0], rematerialised(run, "full")
+    fsdp, full = meshes(sparse=False)[0], rematerialised(run, "full")
     if not any("fsdp" in places for places in run.placed().parameters.values()):
         yield fsdp
     yield rematerialised(run, "dots_no_batch")
@@ -123,9 +126,11 @@ def search(asked: Asked, *, most: int, say: Callable[[Any], None]) -> list[tuple
     Raises:
       UserError: none fits.
     """
-    run = asked.plan().run
+    plan = asked.plan()
+    run = plan.run
+    sparse = any("expert" in names for names in plan.trees.axes.values())
     parts = [in_parts(run, times) for times in (1, 2, 4)]
-    axes = (meshes(), [rematerialised(run, policy) for policy in REMAT], parts)
+    axes = (meshes(sparse=sparse), [rematerialised(run, policy) for policy in REMAT], parts)
     # The likely ones first, whichever of the three they change.
     order = sorted(product(*(range(len(axis)) for axis in axes)), key=lambda at: (sum(at), at))
     found: list[tuple[Change, Forecast]] = []

@@ -103,6 +103,20 @@ def test_search_ranks_by_the_least_time(small, tmp_path):
 
 
 @pytest.mark.long
+def test_search_shares_out_experts_where_there_are_some(small, tmp_path):
+    small.write_text(
+        small.read_text()
+        + "models.Trunk.feed_forward = @models.Experts\nmodels.Experts.experts = 4\nmodels.Experts.hidden = 128\n"
+    )
+    run = palmette(small, "--topology", "v5e:2x2", "--search", "--most", 4, "--json", tmp_path / "plan.json")
+    assert run.returncode == 0, run.stderr
+    found = json.loads((tmp_path / "plan.json").read_text())
+    (shared,) = [one for one in found if "partitioning.fsdp_expert.expert = 2" in one["overrides"]]
+    assert shared["mesh"] == {"fsdp": 2, "expert": 2}
+    assert "ragged-all-to-all" in {one["kind"] for one in shared["sent"] if one["axes"] == "expert"}
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("path", PODS, ids=lambda path: f"pod-{path.stem}")
 def test_a_pod_config_fits_where_its_header_says(path, tmp_path):
     where, used = re.search(r"^# Topology: (\S+)\. ([\d.]+) GiB", path.read_text(), re.MULTILINE).groups()
