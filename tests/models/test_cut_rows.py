@@ -91,7 +91,11 @@ def program(name, rules):
 def whole_rows(text):
     """Arrays of whole rows' features or scores; keys and values have 8 features for each of 2 heads, and 4 is a part of 16."""
     features = lambda s: {16, 32, 40, 48, 64} & {*s} or s[-1] == 4
-    states = lambda s: (LENGTH in s and len(s) > 2 and features(s)) or (2 * LENGTH in s and features(s))
+    # A lookup's windows, [tokens, 1, features], are of the two half rows that a device has, which are twelve tokens too.
+    windows = lambda s: s[:2] == (LENGTH, 1)
+    states = lambda s: (
+        (LENGTH in s and len(s) > 2 and features(s) and not windows(s)) or (2 * LENGTH in s and features(s))
+    )
     return {s for s in shapes(text) if states(s) or s.count(LENGTH) > 1}
 
 
