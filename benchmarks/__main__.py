@@ -23,7 +23,7 @@ NAMES = (
     "checkpoint",
     "report",
 )
-APART = ("chaos", "expert_parallel", "sweep")
+APART = ("chaos", "chaos_plain", "expert_parallel", "sweep")
 """Run when they are named, not with all."""
 
 

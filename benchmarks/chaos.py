@@ -2,9 +2,10 @@
 
     make chaos; RUNS=20 SEED=700 make chaos
     for SEED in 0 10 20; do RUNS=10 SEED=$SEED TALLY=tally.jsonl make chaos; done    # in pieces: the section counts all of them
+    python -m benchmarks chaos_plain    # the same without a copy of each checkpoint
 
-Each run draws a fault, a host and a moment from its seed. It must end in time, say what happened in a line, go on from the
-newest whole checkpoint, lose no more steps than `most_lost`, and end in the bits of the run that was left alone.
+Each run draws a fault, a host, a place and a moment from its seed. It must end in time, say what happened in a line, go on
+from the newest whole checkpoint, lose no more steps than `most_lost`, and end in the bits of the run that was left alone.
 """
 
 from __future__ import annotations
@@ -68,12 +69,20 @@ class Outcome:
         return max(0, self.reached - self.began)
 
 
-def most_lost(fault: str) -> int:
-    """Steps that a fault may cost: an interval, and those taken while the checkpoint at its end was being written.
+def most_lost(fault: str, *, copied: bool) -> int:
+    """Steps that a fault may cost: an interval, where each checkpoint is copied and steps wait for both.
 
-    A save waits for the one before it, so the second is an interval at most. A harmed checkpoint costs one interval more.
+    Where steps go on meanwhile, also those taken while the checkpoint at the interval's end was being written. A save waits
+    for the one before it, so that is an interval at most. A harmed checkpoint of which there is no copy costs one more.
     """
+    if copied:
+        return EVERY
     return EVERY * (3 if fault in DAMAGED else 2)
+
+
+def copy_of(out: Path) -> Path:
+    """Where a run's checkpoints are copied to."""
+    return out.with_name(f"{out.name}.copy")
 
 
 def ended(out: Path) -> tuple[dict, dict[int, dict]]:
@@ -81,7 +90,6 @@ def ended(out: Path) -> tuple[dict, dict[int, dict]]:
 
     A stop saves where the run left alone does not, and says there again what was spent: steps are compared, not lines.
     """
-    record = json.loads((out / "checkpoints" / str(STEPS) / "metadata" / "metadata").read_text())
     metrics: dict[int, dict] = {}
     for line in (out / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -89,7 +97,12 @@ def ended(out: Path) -> tuple[dict, dict[int, dict]]:
         for name, value in row.items():
             if not name.startswith(("goodput/", "hosts/")):
                 assert known.setdefault(name, value) == value, f"step {row['step']}: {name} {known[name]} and {value}"
-    return record["leaves"], metrics
+    return leaves(out), metrics
+
+
+def leaves(place: Path) -> dict:
+    """The last checkpoint's leaves with their checksums."""
+    return json.loads((place / "checkpoints" / str(STEPS) / "metadata" / "metadata").read_text())["leaves"]
 
 
 def reached(out: Path) -> int:
@@ -116,8 +129,16 @@ def damage(folder: Path, fault: str, draw: random.Random) -> None:
     path.write_bytes(whole)
 
 
-def hit(run: Several, fault: str, host: int, draw: random.Random) -> float:
-    """Brings the fault about at a moment, waits for all hosts, and checks how they ended; seconds from fault to end."""
+def hit(run: Several, fault: str, host: int, place: Path, draw: random.Random) -> float:
+    """Brings the fault about at a moment, waits for all hosts, and checks how they ended; seconds from fault to end.
+
+    Args:
+      run: that it hits.
+      fault: one of `FAULTS`.
+      host: which of the hosts.
+      place: the run's folder or its copy, whose newest checkpoint is harmed.
+      draw: the moment comes from it.
+    """
     # Two checkpoints, where one of them is to be harmed.
     first = 2 * EVERY + 1 if fault in FAULTS[3:] else 0
     moment = draw.randrange(first, STEPS - 2)
@@ -125,7 +146,7 @@ def hit(run: Several, fault: str, host: int, draw: random.Random) -> float:
     time.sleep(draw.uniform(0, 2.0 if moment == 0 else 0.3))
     started = reached(run.out) > 0
     if first:
-        run.wait_for(lambda: len(steps(run.out)) > 1)
+        run.wait_for(lambda: len(steps(place)) > 1)
     begin = time.monotonic()
     other = 1 - host
     if fault == "kill -9":
@@ -149,14 +170,14 @@ def hit(run: Several, fault: str, host: int, draw: random.Random) -> float:
         for process in run.processes:
             process.send_signal(signal.SIGKILL)
         run.end()
-        damage(run.out / "checkpoints" / str(steps(run.out)[-1]), fault, draw)
+        damage(place / "checkpoints" / str(steps(place)[-1]), fault, draw)
     else:
-        shutil.rmtree(run.out / "checkpoints" / str(steps(run.out)[-1]), ignore_errors=True)
+        shutil.rmtree(place / "checkpoints" / str(steps(place)[-1]), ignore_errors=True)
         run.end()
     return time.monotonic() - begin
 
 
-def disturbed(seed: int, config: Path, out: Path, whole: tuple[dict, dict], patience: int) -> Outcome:
+def disturbed(seed: int, config: Path, out: Path, whole: tuple[dict, dict], patience: int, *, copied: bool) -> Outcome:
     """One run of the campaign.
 
     Raises:
@@ -164,23 +185,27 @@ def disturbed(seed: int, config: Path, out: Path, whole: tuple[dict, dict], pati
     """
     draw = random.Random(seed)
     fault, host = FAULTS[seed % len(FAULTS)], draw.randrange(2)
-    run = Several(config, out, fork=True, patience=patience)
-    seconds = hit(run, fault, host, draw)
-    at, there = reached(out), steps(out)
-    again = Several(config, out, fork=True, patience=patience)
+    places = [out, copy_of(out)] if copied else [out]
+    how = {"fork": True, "patience": patience, "copy": copy_of(out) if copied else None}
+    run = Several(config, out, **how)
+    seconds = hit(run, fault, host, draw.choice(places), draw)
+    at, there = reached(out), {step for place in places for step in steps(place)}
+    again = Several(config, out, **how)
     assert again.end() == [0, 0], again.words()
     words = re.search(r"goes on from the checkpoint of step (\d+)", again.said[0].read_text())
     began = int(words[1]) if words else 0
     passed = sum(step > began for step in there)
-    assert passed <= (1 if fault in DAMAGED else 0), f"went on from {began} of {there}: {again.words()}"
+    assert passed <= (1 if fault in DAMAGED else 0), f"went on from {began} of {sorted(there)}: {again.words()}"
     assert ended(out) == whole, again.words()
+    assert all(leaves(place) == whole[0] for place in places), again.words()
     outcome = Outcome(seed, fault, host, at, began, passed, seconds)
-    assert outcome.lost <= most_lost(fault), f"{outcome} lost {outcome.lost} steps: {again.words()}"
+    most = most_lost(fault, copied=copied)
+    assert outcome.lost <= most, f"{outcome} lost {outcome.lost} steps, more than {most}: {again.words()}"
     return outcome
 
 
 def campaign(
-    seeds: Sequence[int], say: Callable[[str], None], patience: int = PATIENCE
+    seeds: Sequence[int], say: Callable[[str], None], *, copied: bool, patience: int = PATIENCE
 ) -> tuple[list[Outcome], dict[int, str]]:
     """The run that is left alone, and then the others, whose hosts have this patience; Ctrl-C ends it early.
 
@@ -203,23 +228,25 @@ def campaign(
         with suppress(KeyboardInterrupt):
             for seed in seeds:
                 try:
-                    found.append(disturbed(seed, config, folder / str(seed), whole, patience))
+                    found.append(disturbed(seed, config, folder / str(seed), whole, patience, copied=copied))
                     say(str(found[-1]))
                 except (AssertionError, OSError) as error:
                     wrong[seed] = f"{FAULTS[seed % len(FAULTS)]}: {error}"
                     say(f"seed {seed}: {wrong[seed]}")
-                shutil.rmtree(folder / str(seed), ignore_errors=True)
+                for place in (folder / str(seed), copy_of(folder / str(seed))):
+                    shutil.rmtree(place, ignore_errors=True)
     return found, wrong
 
 
 def sample(seeds: Sequence[int]) -> tuple[int, dict[int, str]]:
     """A few runs, for the test: how many went on as they should, and what was wrong with the others."""
     # Other tests share the cores: a host may be slow to end, and is not gone.
-    found, wrong = campaign(seeds, lambda line: print(line, file=sys.stderr, flush=True), patience=4 * PATIENCE)
+    say = lambda line: print(line, file=sys.stderr, flush=True)
+    found, wrong = campaign(seeds, say, copied=True, patience=4 * PATIENCE)
     return len(found), wrong
 
 
-def main() -> None:
+def main(*, copied: bool = True) -> None:
     """Runs the campaign and writes the section.
 
     RUNS and SEED say how many and from where. A campaign in pieces names a file, TALLY, to which each piece adds what became
@@ -234,13 +261,13 @@ def main() -> None:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as programs:
         os.environ.update(one_device(programs))
-        found, wrong = campaign(seeds, lambda line: print(line, file=sys.stderr, flush=True))
+        found, wrong = campaign(seeds, lambda line: print(line, file=sys.stderr, flush=True), copied=copied)
     if not found and not wrong:
         return
     pieces.append({"found": [asdict(one) for one in found], "wrong": wrong, "minutes": (time.monotonic() - begin) / 60})
     if file:
         Path(file).write_text("".join(json.dumps(piece) + "\n" for piece in pieces))
-    write(*joined(pieces))
+    write(*joined(pieces), copied=copied)
     if wrong:
         sys.exit(f"chaos: {len(wrong)} of {len(wrong) + len(found)} runs did not go on as they should: {wrong}")
 
@@ -263,7 +290,17 @@ def one_device(programs: str) -> dict[str, str]:
     }
 
 
-def write(seeds: list[int], found: list[Outcome], wrong: dict[int, str], minutes: float) -> None:
+HOW = {
+    True: """Each checkpoint is written to two folders, and steps wait for both. A harmed checkpoint
+is the newest of one of them, all hosts killed; 'steps lost' were taken, and taken again: an interval at most.""",
+    False: """Checkpoints are written while steps go on, in one folder. A harmed one is the newest, all
+hosts killed; 'steps lost' were taken, and taken again. A fault may cost an interval and the steps taken while the checkpoint at
+its end was being written, which are an interval at most, since a save waits for the one before it; a harmed checkpoint costs an
+interval more.""",
+}
+
+
+def write(seeds: list[int], found: list[Outcome], wrong: dict[int, str], minutes: float, *, copied: bool) -> None:
     """The section of the results."""
     from benchmarks import results
 
@@ -281,16 +318,14 @@ def write(seeds: list[int], found: list[Outcome], wrong: dict[int, str], minutes
                     len(of),
                     sum(outcome.passed for outcome in of),
                     f"{sum(lost) / len(lost):.1f}, at most {max(lost)}",
-                    most_lost(fault),
+                    most_lost(fault, copied=copied),
                     f"{max(outcome.seconds for outcome in of):.0f} s",
                 )
             )
     body = f"""
 Runs of {STEPS} steps on two hosts of this machine, a checkpoint every {EVERY} steps, patience of {PATIENCE} s. Each is hit once, at a
 moment and on a host drawn from its seed, from the time that the hosts have met; then both are started again. Faults take
-turns, `seed mod {len(FAULTS)}`. A harmed checkpoint is the newest, all hosts killed; 'steps lost' were taken, and taken again.
-A fault may cost an interval and the steps taken while the checkpoint at its end was being written, which are an interval at
-most, since a save waits for the one before it; a harmed checkpoint costs an interval more.
+turns, `seed mod {len(FAULTS)}`. {HOW[copied]}
 
 {results.table(HEAD, rows)}
 
@@ -298,4 +333,5 @@ most, since a save waits for the one before it; a harmed checkpoint costs an int
 newest whole checkpoint, and ended with the parameters, optimizer state and metrics of the run that was left alone, bit for
 bit. Otherwise: {"; ".join(f"{seed}: {text.splitlines()[0]}" for seed, text in wrong.items()) or "none"}.
 """
-    results.write("chaos", "Faults", body)
+    name, title = ("chaos", "Faults") if copied else ("chaos_plain", "Faults, without a copy of each checkpoint")
+    results.write(name, title, body)

@@ -114,6 +114,7 @@ class Several:
       patience: seconds of silence after which a host is gone.
       devices: of all hosts together.
       fork: children of this process, which has imported everything and touched no device.
+      copy: another folder for every checkpoint.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Several:
         patience: int = 4,
         devices: int = 2,
         fork: bool = False,
+        copy: Path | None = None,
     ):
         self.out = out
         with socket.socket() as probe:
@@ -134,6 +136,7 @@ class Several:
         environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices // hosts)}
         self.said = [Path(f"{out}.said.{host}") for host in range(hosts)]
         meet = ["--hosts", str(hosts), "--coordinator", f"localhost:{port}", "--patience", str(patience)]
+        meet += [] if copy is None else ["--copy", str(copy)]
         self.processes: list[Any] = []
         for host, said in enumerate(self.said):
             own = list(overrides[host]) if host < len(overrides) else []

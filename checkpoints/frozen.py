@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from checkpoints.agreement import first_fault
 from checkpoints.faults import BrokenError, writing
 from checkpoints.leaves import content_hash, like_abstract, named_leaves, plain, plain_abstract
 from checkpoints.reading import finished, read
@@ -77,14 +78,17 @@ class Frozen:
         Raises:
           UserError: it is missing or cannot be read, or its content has another hash.
         """
-        where = self.folder / reference["path"]
+        where, fault = self.folder / reference["path"], None
         wanted = named_leaves(abstract)
-        if not where.exists():
-            raise UserError(f"the frozen tree {where} is missing: copy it there, or start the run anew")
         try:
             flat = read(where, {name: plain_abstract(leaf) for name, leaf in wanted.items()})
         except BrokenError as error:
-            raise UserError(f"the frozen tree {where} cannot be restored: {error}") from None
+            fault = f"the frozen tree {where} cannot be restored: {error}"
+            if not where.exists():
+                fault = f"the frozen tree {where} is missing: copy it there, or start the run anew"
+        # The hash is all hosts' work: none begins it alone.
+        if (fault := first_fault(fault, timeout_s=self.timeout_s)) is not None:
+            raise UserError(fault)
         digest = content_hash(flat)
         if digest != reference["hash"]:
             raise UserError(

@@ -57,7 +57,7 @@ class Lease:
                 seen, since = blob.generation, now
                 say(f"{self._folder}: was in use by {who}: waits {SILENT_S:.0f} s to see whether it still is")
             elif blob.generation != seen:
-                raise UserError(f"{self._folder}: in use by {who}: wait for its end, or use another --out")
+                raise UserError(f"{self._folder}: in use by {who}: wait for its end, or use another folder")
             elif now - since > SILENT_S:
                 generation = seen
                 continue

@@ -42,7 +42,7 @@ def held(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"{folder}: in use by {file.read().strip() or 'another process'}: wait for its end, or use another --out"
+                f"{folder}: in use by {file.read().strip() or 'another process'}: wait for its end, or use another folder"
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):

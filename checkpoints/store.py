@@ -20,18 +20,10 @@ from checkpoints.barrier import barrier
 from checkpoints.faults import Background, BrokenError, writing
 from checkpoints.folder import place
 from checkpoints.frozen import Frozen
-from checkpoints.leaves import (
-    NAMED_AT_MOST,
-    checksums,
-    compare,
-    like_abstract,
-    named_leaves,
-    plain,
-    plain_abstract,
-    table,
-)
+from checkpoints.leaves import checksums, compare, named_leaves, plain, plain_abstract, table
 from checkpoints.preserved import Preserved
 from checkpoints.reading import finished, in_bucket, read
+from checkpoints.restoring import restored
 from partitioning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -85,7 +77,7 @@ class Checkpoints(Frozen):
                     raise UserError(f"{part} is a file: checkpoints need a folder")
                 break
         self.keep, self.every, self.timeout_s = keep, every, timeout_s
-        self._on_broken = on_broken or (lambda line: log.warning("%s", line))
+        self.tell = on_broken or (lambda line: log.warning("%s", line))
         self._preserved = Preserved(keep, best)
         self._manager: Any = None
         self._background: Any = None
@@ -243,11 +235,11 @@ class Checkpoints(Frozen):
         Raises:
           UserError: there is no checkpoint; none is complete; it is of another model (which leaves differ).
         """
-        return self._restore(abstract, step, whole=True)
+        return restored([self], abstract, step, whole=True)
 
     def restore_part(self, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """As `restore`, of some leaves only: parameters without the optimizer, one tree out of several."""
-        return self._restore(abstract, step, whole=False)
+        return restored([self], abstract, step, whole=False)
 
     def metadata(self, step: int) -> dict[str, Any]:
         """The metadata of one checkpoint.
@@ -312,29 +304,6 @@ class Checkpoints(Frozen):
         for reference in record["metadata"].get("frozen", {}).values():
             self.load_frozen(reference, self.frozen_leaves(reference))
 
-    def _restore(self, abstract: Any, step: int | None, *, whole: bool) -> tuple[Any, dict[str, Any]]:
-        steps = self.steps()
-        if not steps or (step is not None and step not in steps):
-            what = "checkpoint" if step is None else f"checkpoint of step {step}"
-            raise UserError(f"{self.folder} has no {what}; steps there: {', '.join(map(str, steps)) or 'none'}")
-        wanted = named_leaves(abstract)
-        stored = {name: plain_abstract(leaf) for name, leaf in wanted.items()}
-        reasons: list[str] = []
-        for candidate in reversed(steps) if step is None else [step]:
-            where = self.folder / str(candidate)
-            try:
-                record, flat = self._read(candidate, stored, whole=whole)
-            except BrokenError as error:
-                reasons.append(f"{where}: {error}")
-                if step is None:
-                    self._on_broken(f"checkpoint {where} is broken and skipped: {error}")
-                continue
-            if whole:
-                self._last = candidate
-            leaves = [like_abstract(flat[name], leaf) for name, leaf in wanted.items()]
-            return jax.tree.unflatten(jax.tree.structure(abstract), leaves), record["metadata"]
-        raise UserError(f"no complete checkpoint in {self.folder}: " + "; ".join(reasons[:NAMED_AT_MOST]))
-
     def record(self, step: int) -> dict[str, Any]:
         """The JSON record of a checkpoint: its `leaves` with shape, dtype and checksum, and its `metadata`.
 
@@ -354,10 +323,18 @@ class Checkpoints(Frozen):
             raise BrokenError(f"its metadata cannot be read ({error})") from None
         return record
 
-    def _read(
-        self, step: int, stored: Mapping[str, Any], *, whole: bool
-    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-        """A checkpoint's record and the leaves `stored` of it, with the bits that were saved; broken on all hosts or none."""
+    def take(self, step: int, stored: Mapping[str, Any], *, whole: bool) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        """A checkpoint's metadata and the leaves `stored` of it, with the bits that were saved; broken on all hosts or none.
+
+        Args:
+          step: of a checkpoint that is there.
+          stored: abstract leaves by name, as they are stored.
+          whole: whether these are all that it should have.
+
+        Raises:
+          BrokenError: it cannot be read, or is not as it was saved.
+          UserError: it is of another model.
+        """
         where, fault = self.folder / str(step), None
         try:
             record = self.record(step)
@@ -368,7 +345,11 @@ class Checkpoints(Frozen):
         if (fault := first_fault(fault, timeout_s=self.timeout_s)) is not None:
             raise BrokenError(fault)
         _check_sums(flat, record["leaves"])
-        return record, flat
+        return record["metadata"], flat
+
+    def goes_on_from(self, step: int) -> None:
+        """What is newer is not of this run's past: the first save moves it aside."""
+        self._last = step
 
 
 def _check_sums(flat: Mapping[str, jax.Array], leaves: Mapping[str, Any]) -> None:

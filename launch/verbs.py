@@ -86,6 +86,9 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="The run's folder, local or gs://.", parser=place, show_default="runs/CONFIG")
     ] = None,
+    copy: Annotated[
+        Path | None, typer.Option(help="Another folder for every checkpoint; steps wait for both.", parser=place)
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve, check and count; train nothing.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Run unjitted and stop at the first NaN.")] = False,
     profile: Annotated[
@@ -107,8 +110,8 @@ def train(
     from launch.hosts import Meeting, met
 
     folder = out if out is not None else Path("runs") / Path(_split(arguments)[0][-1]).stem
-    if not str(folder).startswith("gs://"):
-        _check_folder(folder)
+    _check_folder(folder)
+    _check_folder(copy, "--copy")
     if dump and debug:
         raise UserError("--dump writes a compiled step, and --debug compiles none: leave one out")
     from training.watch import Watch
@@ -121,7 +124,7 @@ def train(
         if dry_run:
             resolved.value.describe()
             return
-        resolved.value.train(out=folder, operative=resolved.operative, debug=debug, watch=watch)
+        resolved.value.train(out=folder, copy=copy, operative=resolved.operative, debug=debug, watch=watch)
 
 
 @app.command()
@@ -387,11 +390,11 @@ def _saved(run: Path, allow_import: list[str] | None) -> "Resolved":
     return _resolve([str(path)], allow_import)
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path | None, option: str = "--out") -> None:
+    if folder is None or str(folder).startswith("gs://"):
+        return
     if re.match(r"\w+:/", str(folder)):
-        raise UserError(f"--out {folder}: a sweep's folder is one of the file system")
-    for path in (folder, *folder.parents):
-        if path.exists():
-            if not path.is_dir():
-                raise UserError(f"--out {folder}: {path} is a file, expected a folder")
-            return
+        raise UserError(f"{option} {folder}: a sweep's folder is one of the file system")
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{option} {folder}: {there} is a file, expected a folder")

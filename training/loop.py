@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,13 @@ DEPTH = 2
 
 
 def train(
-    run: Run, out: str | os.PathLike, *, operative: str = "", debug: bool = False, watch: Watch | None = None
+    run: Run,
+    out: str | os.PathLike,
+    *,
+    copy: str | os.PathLike | None = None,
+    operative: str = "",
+    debug: bool = False,
+    watch: Watch | None = None,
 ) -> dict[str, float]:
     """Trains a run into a folder, or goes on with what is there.
 
@@ -49,6 +56,8 @@ def train(
       run: what to train.
       out: gets `config.gin`, `environment.json`, `checkpoints/`, `metrics.jsonl` and what its boards write; a local folder or
         gs://BUCKET/FOLDER.
+      copy: another such folder, which gets every checkpoint too; steps then wait until a checkpoint is written, and no single
+        fault costs more than those from one to the next (see `checkpoints.copied`).
       operative: the config's text, kept beside the run.
       debug: runs without jit and stops at the first NaN.
       watch: what else to write of the run's programs.
@@ -63,13 +72,14 @@ def train(
     # 1. The plan: every check that needs no device memory.
     goodput = Goodput()
     keep_programs()
-    return follow(run.plan(), out, operative=operative, debug=debug, watch=watch, goodput=goodput)
+    return follow(run.plan(), out, copy=copy, operative=operative, debug=debug, watch=watch, goodput=goodput)
 
 
 def follow(
     plan: Plan,
     out: str | os.PathLike,
     *,
+    copy: str | os.PathLike | None = None,
     operative: str = "",
     debug: bool = False,
     watch: Watch | None = None,
@@ -79,7 +89,7 @@ def follow(
 
     Args:
       plan: of the run.
-      out, operative, debug, watch: as in `train`.
+      out, copy, operative, debug, watch: as in `train`.
       goodput: has counted since the start; None for one that begins now.
 
     Returns:
@@ -88,17 +98,25 @@ def follow(
     Raises:
       UserError: as `train`.
     """
-    store = Store(plan, checkpoints_in(out))
+    store = Store(plan, checkpoints_in(out), None if copy is None else checkpoints_in(copy))
     watch, goodput = Watch() if watch is None else watch, Goodput() if goodput is None else goodput
     if jax.process_index() == 0:
         for board in plan.run.shown():
             board.check()
-    with opened(out, say) as folder:
-        return _trained(plan, store, folder, operative, debug, watch, goodput)
+    with ExitStack() as held:
+        folder, *copies = (held.enter_context(opened(place, say)) for place in (out, copy) if place is not None)
+        return _trained(plan, store, folder, copies, operative, debug, watch, goodput)
 
 
 def _trained(
-    plan: Plan, store: Store, folder: Folder, operative: str, debug: bool, watch: Watch, goodput: Goodput
+    plan: Plan,
+    store: Store,
+    folder: Folder,
+    copies: Sequence[Folder],
+    operative: str,
+    debug: bool,
+    watch: Watch,
+    goodput: Goodput,
 ) -> dict[str, float]:
     run, out = plan.run, folder.path
 
@@ -114,7 +132,8 @@ def _trained(
         state = plan.init(initial)
     start = int(state.step)
     watch.check(done=start, steps=plan.steps)
-    _keep_config(out, operative)
+    for place in (folder, *copies):
+        _keep_config(place.path, operative)
     keep_environment(out, start)
     goodput.resume(out, start)
     spent = Spent(out, start)
@@ -154,6 +173,7 @@ def _trained(
             trace,
             spent,
             folder,
+            copies,
             watch,
             debug,
         )
@@ -188,6 +208,7 @@ class Loop:
     trace: Trace
     spent: Spent
     folder: Folder
+    copies: Sequence[Folder]
     watch: Watch
     debug: bool
     figures: dict[str, float] = field(default_factory=dict)
@@ -237,7 +258,8 @@ class Loop:
                 if save:
                     self.writer.write(done, self.spent.figures())
                     with self.goodput("checkpoint"):
-                        self.folder.keep()
+                        for place in (self.folder, *self.copies):
+                            place.keep()
                         self.store.save(state, self.log.saved(), found)
                     self.writer.write(done, self.goodput.figures())
                 if self.stopped:

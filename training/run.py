@@ -196,12 +196,18 @@ class Run:
         return plan
 
     def train(
-        self, out: str | os.PathLike, *, operative: str = "", debug: bool = False, watch: Any = None
+        self,
+        out: str | os.PathLike,
+        *,
+        copy: str | os.PathLike | None = None,
+        operative: str = "",
+        debug: bool = False,
+        watch: Any = None,
     ) -> dict[str, float]:
         """Trains into a folder, or goes on with what is there; see `training.loop.train`."""
         from training.loop import train
 
-        return train(self, out, operative=operative, debug=debug, watch=watch)
+        return train(self, out, copy=copy, operative=operative, debug=debug, watch=watch)
 
     def describe(self) -> None:
         """Prints what the run would be, and trains nothing; see `training.description`."""

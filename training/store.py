@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from checkpoints.copied import Copied
 from checkpoints.store import Checkpoints
 from models.stack import layer_names
 from partitioning import UserError
@@ -23,15 +24,21 @@ class Store:
     Args:
       plan: of the run.
       folder: of the checkpoints.
+      copy: folder of a copy of each; None for none.
 
     Raises:
       UserError: on restoring, what is there is of another model or other data, or nothing whole is there.
     """
 
-    def __init__(self, plan: Plan, folder: str):
+    def __init__(self, plan: Plan, folder: str, copy: str | None = None):
         self.plan = plan
         run = plan.run
-        self.checkpoints = Checkpoints(folder, keep=run.keep, every=run.checkpoint_every, best=run.keep_best)
+        first, *second = (
+            Checkpoints(place, keep=run.keep, every=run.checkpoint_every, best=run.keep_best)
+            for place in (folder, copy)
+            if place is not None
+        )
+        self.checkpoints = Copied(first, second[0]) if second else first
         self.names = layer_names(plan.trees.shapes)
         # Through JSON, as the checkpoint has it.
         self.identity = json.loads(json.dumps([stage.reader.identity() for stage in plan.stages]))

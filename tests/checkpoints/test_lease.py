@@ -39,7 +39,7 @@ def dies(lease):
 
 def test_a_living_holder_keeps_others_out_and_lets_go(take):
     first = take()
-    with pytest.raises(UserError, match=r"in use by process \d+ on .* since 20.*use another --out"):
+    with pytest.raises(UserError, match=r"in use by process \d+ on .* since 20.*use another folder"):
         take()
     assert "waits" in take.said[0]
     first.check()

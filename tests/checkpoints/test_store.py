@@ -245,11 +245,11 @@ def test_folders_that_cannot_hold_checkpoints(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match="file is a file"):
             Checkpoints(folder)
-    with pytest.raises(UserError, match="has no checkpoint"):
+    with pytest.raises(UserError, match="no checkpoint in"):
         Checkpoints(tmp_path / "nowhere").restore({})
     assert Checkpoints(tmp_path / "nowhere").steps() == []
     assert not (tmp_path / "nowhere").exists()
-    with pytest.raises(UserError, match="step 5; steps there: 1"):
+    with pytest.raises(UserError, match=r"step 5 in .*; steps there: 1"):
         saved(tmp_path / "run", 1).restore(abstract(state()), step=5)
 
 

@@ -32,7 +32,7 @@ def house(workshop, monkeypatch, tmp_path):
     class Run(workshop.Run):
         """The top object."""
 
-        def train(self, *, out, operative, debug, watch):
+        def train(self, *, out, copy, operative, debug, watch):
             """Note the call."""
             asked.append((self, out, operative, debug, watch))
 

@@ -128,7 +128,7 @@ def test_without_an_average_the_last_parameters_are_judged(tmp_path, said):
 
 def test_what_cannot_be_evaluated(trained, tmp_path, said):
     run, out, *_ = trained
-    with pytest.raises(UserError, match="has no checkpoint"):
+    with pytest.raises(UserError, match="no checkpoint in"):
         run.evaluate(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"bind training\.Run\.evaluators"):
         dataclasses.replace(run, evaluators=()).evaluate(out)
