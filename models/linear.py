@@ -9,6 +9,9 @@ from jaxtyping import Array, Float
 
 from partitioning import is_cut
 
+FEW = 64
+"""States of a step of decoding at most."""
+
 
 def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D *F"]) -> Float[Array, "..."]:
     """y_bf = sum_d x_bd kernel_df, over tokens as one long dimension.
@@ -28,8 +31,12 @@ def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D *F"]) -> Float[Array
 
 
 def side_by_side(x: Float[Array, "*B D"], kernels: Sequence[Float[Array, "D *F"]]) -> list[Float[Array, "..."]]:
-    """`linear` with several kernels, as one product; kernels cut by heads stay apart and in place."""
-    if is_cut("heads"):
+    """`linear` with several kernels, as one product.
+
+    Kernels cut by heads stay apart and in place. So do those of few states: a loop over tokens would carry a second copy of
+    them. For a single state that is worth it, whose product is one pass over the kernels, and three are begun more often.
+    """
+    if is_cut("heads") or 1 < math.prod(x.shape[:-1]) <= FEW:
         return [linear(x, kernel) for kernel in kernels]
     flat = [kernel.reshape(kernel.shape[0], -1) for kernel in kernels]
     # A split, and not slices: its gradient is one concatenation.

@@ -6,6 +6,9 @@ from jaxtyping import Array, Bool, Float
 
 from models.backends.view import View, over_heads
 
+HIDDEN = -1e30
+"""The score of a key that is not seen, far below any other."""
+
 
 def xla(
     q: Float[Array, "B Q H K"],
@@ -32,20 +35,25 @@ def _of_one_slot(
 ) -> Float[Array, "B 1 H K"]:
     """All that a group asks at one slot, as several queries of one head: keys are read once, not repeated.
 
-    Keys and values are turned to how a cache has them, so that decoding reads them where they are.
+    Keys and values are turned to how a cache has them, so that decoding reads them where they are. The mask is looked at
+    once, and the sum divides what was mixed: over the keys of a cache each further look costs as much as the products.
     """
     asked = q.reshape(len(q), k.shape[2], -1, q.shape[3]) * q.shape[-1] ** -0.5
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("bgnk,bgks->bgns", asked, k.transpose(0, 2, 3, 1), preferred_element_type=wide)
-    weights = masked_softmax(scores, view.visible[:, None]).astype(v.dtype)
-    mixed = jnp.einsum("bgns,bgsk->bgnk", weights, v.transpose(0, 2, 1, 3), preferred_element_type=wide)
-    return mixed.astype(v.dtype).reshape(q.shape)
+    scores = jnp.where(view.visible[:, None], scores, HIDDEN)
+    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    powers = jnp.exp(scores - largest)
+    mixed = jnp.einsum("bgns,bgsk->bgnk", powers.astype(v.dtype), v.transpose(0, 2, 1, 3), preferred_element_type=wide)
+    # A query that sees nothing has a power of 1 for every key.
+    share = jnp.where(largest > HIDDEN, 1 / powers.sum(-1, keepdims=True), 0.0)
+    return (mixed * share).astype(v.dtype).reshape(q.shape)
 
 
 @jax.custom_jvp
 def masked_softmax(scores: Float[Array, "B H Q S"], visible: Bool[Array, "B 1 Q S"]) -> Float[Array, "B H Q S"]:
     """Softmax over the visible keys, 0 elsewhere; a query that sees nothing gets 0 everywhere."""
-    scores = jnp.where(visible, scores, -1e30)
+    scores = jnp.where(visible, scores, HIDDEN)
     powers = jnp.where(visible, jnp.exp(scores - scores.max(-1, keepdims=True)), 0.0)
     total = powers.sum(-1, keepdims=True)
     return powers * (1 / jnp.where(total > 0, total, 1.0))

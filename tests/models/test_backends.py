@@ -186,6 +186,35 @@ def test_with_a_cache(name, backend):
     np.testing.assert_allclose(run(), reference(q, k, v, view, None)[:, NEW], rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_single_slot_of_groups(name):
+    """A step of decoding, for each slot: the reference's values and derivatives, 0 where nothing is seen, and no word of the
+    keys that are hidden."""
+    with jax.enable_x64(True):
+        q, k, v, _, segments, positions = inputs(np.float64)
+        mask, tokens = CASES[name], Tokens(jnp.arange(S), segments, positions)
+        seen = jnp.broadcast_to(lower(mask, tokens, tokens), (ROWS, S, S)).at[1, 3].set(False)
+        pull = jnp.asarray(np.random.default_rng(1).standard_normal(q[:, :1].shape))
+
+        def run(product, slot, k, v):
+            def value(q, k, v):
+                mixed = product(q, k, v, View(seen[:, slot : slot + 1], None, segments, positions), None)
+                return (mixed * pull).sum(), mixed
+
+            return jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True)(q[:, slot : slot + 1], k, v)
+
+        for slot in range(S):
+            (_, expected), by_reference = run(reference, slot, k, v)
+            (_, mixed), gradients = run(RUNS["xla"], slot, k, v)
+            for found, right in zip((mixed, *gradients), (expected, *by_reference), strict=True):
+                np.testing.assert_allclose(found, right, rtol=0, atol=1e-12)
+            # What no query sees may hold anything.
+            hidden = ~seen[:, slot, :, None, None]
+            (_, again), _ = run(RUNS["xla"], slot, jnp.where(hidden, 1e6, k), jnp.where(hidden, 1e6, v))
+            np.testing.assert_array_equal(again, mixed)
+        assert not seen[1, 3].any()
+
+
 def test_hardware_is_refused_by_name(monkeypatch):
     """Before anything is compiled, and with the way out."""
     q, k, v, _, segments, positions = inputs(np.float32)

@@ -8,7 +8,7 @@ from jax.scipy.stats import norm as normal
 
 from models.backends.xla import masked_softmax
 from models.feed_forward import gelu
-from models.linear import linear
+from models.linear import FEW, linear, side_by_side
 from models.norms import standardised, unit_mean_square
 
 EPS = 1e-3
@@ -51,3 +51,15 @@ def test_linear_is_a_tensor_product(shape):
     draw = np.random.default_rng(0)
     x, w = draw.standard_normal(shape).astype(np.float32), draw.standard_normal((5, 2, 7)).astype(np.float32)
     np.testing.assert_allclose(linear(x, w), np.tensordot(x, w, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("states", [1, 2, FEW, FEW + 1])
+def test_products_side_by_side_are_those_one_by_one(states):
+    """Also of so few states that they stay apart."""
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.standard_normal((1, states, 5)), jnp.float32)
+    kernels = [jnp.asarray(draw.standard_normal((5, *inner)), jnp.float32) for inner in ((2, 3), (4,), (1, 2))]
+    together = str(jax.make_jaxpr(lambda x: side_by_side(x, kernels))(x)).count("dot_general") == 1
+    assert together == (states in (1, FEW + 1))
+    for found, kernel in zip(side_by_side(x, kernels), kernels, strict=True):
+        np.testing.assert_allclose(found, np.tensordot(x, kernel, 1), rtol=1e-5, atol=1e-5)
