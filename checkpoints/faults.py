@@ -1,6 +1,7 @@
 """What goes wrong with checkpoints, in one line each: a full disk, a broken folder, a write that failed on one host."""
 
 import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,17 +48,26 @@ class Background:
 
     Of several hosts, one whose write failed and one whose write did not wait for each other in different places, and
     Orbax raises nothing before both have waited for minutes.
+
+    Args:
+      folder: of the checkpoints that are written; what befalls those of another folder is for others to hear.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Any) -> None:
         self.error: BaseException | None = None
+        self._ours = re.compile(rf"{re.escape(str(folder))}/\d")
         logging.getLogger("absl").addFilter(self._hear)
 
     def _hear(self, record: logging.LogRecord) -> bool:
         if not record.exc_info or "orbax" not in record.pathname:
             return True
-        if "async_checkpointer" in record.pathname:
-            self.error = self.error or record.exc_info[1]
+        if "async_checkpointer" not in record.pathname:
+            return False
+        text = record.getMessage()
+        # A filter that says no is the last one asked.
+        if "directory: " in text and not self._ours.search(text):
+            return True
+        self.error = self.error or record.exc_info[1]
         return False
 
     @property

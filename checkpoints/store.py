@@ -175,7 +175,7 @@ class Checkpoints(Frozen):
         import orbax.checkpoint as ocp
 
         if self._manager is None:
-            self._background = Background()
+            self._background = Background(self.folder)
             for step in self.steps():
                 with suppress(BrokenError):
                     self._preserved.note(step, self.record(step)["metadata"])

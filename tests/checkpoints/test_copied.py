@@ -1,5 +1,6 @@
 """A checkpoint in two places: whatever happens to one of them, the newest comes back."""
 
+import logging
 import shutil
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from checkpoints.copied import Copied
+from checkpoints.faults import Background
 from checkpoints.store import Checkpoints
 from partitioning.errors import UserError
 
@@ -152,3 +154,25 @@ def test_a_frozen_tree_is_read_from_where_it_is_whole(tmp_path):
 def test_both_in_one_folder_are_refused(tmp_path):
     with pytest.raises(UserError, match="is the run's own: use one on another disk"):
         Copied(Checkpoints(tmp_path), Checkpoints(tmp_path))
+
+
+@pytest.mark.parametrize("failed", PLACES)
+def test_a_write_that_fails_is_heard_by_those_who_wait_for_it(tmp_path, failed):
+    """Whoever listens first: of two places that are open at once, the one whose folder it is."""
+    heard = {name: Background(tmp_path / name) for name in PLACES}
+    error = OSError("File too large")
+    record = logging.LogRecord(
+        "absl",
+        logging.ERROR,
+        "orbax/checkpoint/_src/checkpointers/async_checkpointer.py",
+        1,
+        f"Failed to run 2 Handler Commit operations, directory: {tmp_path / failed / '4.orbax-checkpoint-tmp'}",
+        None,
+        (OSError, error, None),
+    )
+    try:
+        assert not logging.getLogger("absl").filter(record)
+        assert {name: one.error for name, one in heard.items()} == dict.fromkeys(PLACES) | {failed: error}
+    finally:
+        for one in heard.values():
+            one.close()

@@ -105,6 +105,21 @@ def test_a_configuration_that_one_host_refuses_ends_all(config, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("place", ["run", "copy"])
+def test_a_write_that_fails_in_one_of_two_places_ends_all(config, tmp_path, place):
+    """At once, and by the name of that place."""
+    other = tmp_path / place / "checkpoints"
+    run = Several(config, tmp_path / "run", copy=tmp_path / "copy")
+    run.wait_for(lambda: (other / "4").exists())
+    other.rename(tmp_path / "away")
+    other.write_text("mine")
+    assert run.end() == [2, 3]
+    assert f"palmette: {other}: cannot be written to" in run.said[0].read_text()
+    assert "palmette: host 0 (" in run.said[1].read_text()
+    assert other.read_text() == "mine"
+
+
+@pytest.mark.long
 def test_a_folder_in_use_by_another_run(config, tmp_path):
     run = Several(config, tmp_path / "run")
     run.wait_for(lambda: (tmp_path / "run" / ".in_use").exists())
