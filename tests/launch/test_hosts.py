@@ -64,12 +64,12 @@ def test_silence_is_counted_while_this_host_runs():
 
 
 def test_faults_of_a_small_campaign():
-    """Runs on two hosts, one of which is killed or asked to stop, or one of whose checkpoints gets a flipped bit: all end at
-    once, go on from an interval before at most, and end in the same bits."""
+    """Runs on two hosts, of which one is killed, or one of whose checkpoints gets a flipped bit: they end at once, go on from
+    an interval before at most, and end in the same bits."""
     code = "from benchmarks import chaos; import json; print(json.dumps(chaos.sample(json.loads(input()))))"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        input=json.dumps([0, 1, 5]),
+        input=json.dumps([0, 5]),
         capture_output=True,
         text=True,
         timeout=300,
@@ -77,7 +77,7 @@ def test_faults_of_a_small_campaign():
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [3, {}]
+    assert json.loads(done.stdout.splitlines()[-1]) == [2, {}]
 
 
 @pytest.fixture
