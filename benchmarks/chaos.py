@@ -325,9 +325,7 @@ def write(seeds: list[int], found: list[Outcome], wrong: dict[int, str], minutes
     body = f"""
 Runs of {STEPS} steps on two hosts of this machine, a checkpoint every {EVERY} steps, patience of {PATIENCE} s. Each is hit once, at a
 moment and on a host drawn from its seed, from the time that the hosts have met; then both are started again. Faults take
-turns, `seed mod {len(FAULTS)}`. Four steps take about 250 ms, a checkpoint as long in each folder: a save is no faster than the
-interval.
-{HOW[copied]}
+turns, `seed mod {len(FAULTS)}`. {HOW[copied]}
 
 {results.table(HEAD, rows)}
 

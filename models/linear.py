@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from partitioning import is_cut
 
 FEW = 64
-"""States of a step of decoding at most."""
+"""So many states, and more than one, are taken for a step of decoding."""
 
 
 def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D *F"]) -> Float[Array, "..."]:
@@ -33,8 +33,8 @@ def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D *F"]) -> Float[Array
 def side_by_side(x: Float[Array, "*B D"], kernels: Sequence[Float[Array, "D *F"]]) -> list[Float[Array, "..."]]:
     """`linear` with several kernels, as one product.
 
-    Kernels cut by heads stay apart and in place. So do those of few states: a loop over tokens would carry a second copy of
-    them. For a single state that is worth it, whose product is one pass over the kernels, and three are begun more often.
+    Kernels cut by heads stay apart and in place. So do those of few states, of which a loop over tokens would carry a second
+    copy; those of a single state do not, since to begin three products takes a part of the time that they take.
     """
     if is_cut("heads") or 1 < math.prod(x.shape[:-1]) <= FEW:
         return [linear(x, kernel) for kernel in kernels]

@@ -36,7 +36,7 @@ def _of_one_slot(
     """All that a group asks at one slot, as several queries of one head: keys are read once, not repeated.
 
     Keys and values are turned to how a cache has them, so that decoding reads them where they are. The mask is looked at
-    once, and the sum divides what was mixed: over the keys of a cache each further look costs as much as the products.
+    once, and the sum divides what was mixed, which is smaller than the weights.
     """
     asked = q.reshape(len(q), k.shape[2], -1, q.shape[3]) * q.shape[-1] ** -0.5
     wide = jnp.promote_types(q.dtype, jnp.float32)
