@@ -14,14 +14,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from models.feed_forward import ACTIVATIONS, Activation
+from models.few_rows import FEW, by_kernel, table
 from models.initializers import normal
 from models.linear import linear
 from models.norms import LayerNorm
 from models.variables import param
 from models.vocabulary import Vocabulary
-
-# Up to so many states the table comes first in the product: as the second side XLA for CPU would pack it anew for them.
-FEW = 64
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +46,11 @@ class Scores:
         wide = jnp.promote_types(self.hidden.dtype, jnp.float32)
         product = partial(jnp.einsum, preferred_element_type=wide)
         states = math.prod(self.hidden.shape[:-1])
-        if states <= FEW:
+        flat = self.hidden.reshape(states, self.hidden.shape[-1])
+        if by_kernel(flat, self.table):
+            logits = table(flat, self.table).reshape(*self.hidden.shape[:-1], -1)
+        elif states <= FEW:
+            # As the second side XLA for CPU would pack the table anew for them.
             by_token = product("vd,...d->v...", self.table, self.hidden)
             # Behind a barrier, or the compiler turns the product round again; for one state there is nothing to turn.
             by_token = by_token if states == 1 else jax.lax.optimization_barrier(by_token)

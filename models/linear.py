@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from models.few_rows import FEW, by_kernel, rows
 from partitioning import is_cut
-
-FEW = 64
-"""So many states, and more than one, are taken for a step of decoding."""
 
 
 def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D *F"]) -> Float[Array, "..."]:
@@ -27,7 +25,10 @@ def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D *F"]) -> Float[Array
     lead, trail = x.shape[:-1], kernel.shape[1:]
     if len(lead) < 2 or is_cut("length"):
         return jnp.tensordot(x, kernel, axes=1)
-    return jnp.tensordot(x.reshape(math.prod(lead), x.shape[-1]), kernel, axes=1).reshape(*lead, *trail)
+    flat = x.reshape(math.prod(lead), x.shape[-1])
+    if by_kernel(flat, kernel):
+        return rows(flat, kernel.reshape(kernel.shape[0], -1)).reshape(*lead, *trail)
+    return jnp.tensordot(flat, kernel, axes=1).reshape(*lead, *trail)
 
 
 def side_by_side(x: Float[Array, "*B D"], kernels: Sequence[Float[Array, "D *F"]]) -> list[Float[Array, "..."]]:

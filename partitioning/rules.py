@@ -304,3 +304,9 @@ def platform() -> str:
     """What the devices of the mesh in scope are, or jax's own where there is none: 'cpu', 'gpu', 'tpu'."""
     placement = _SCOPE.get()
     return jax.default_backend() if placement is None else placement.mesh.devices.flat[0].platform
+
+
+def devices() -> int:
+    """How many devices the mesh in scope has; 1 where there is none."""
+    placement = _SCOPE.get()
+    return 1 if placement is None else placement.mesh.size

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from models.decoding.decoder import Decoder, Prompts
+from models.few_rows import token_loop
 from partitioning import whole
 
 
@@ -111,7 +112,9 @@ def finish(model: Decoder, strategy: Strategy, stop: Stop, state: Any) -> Contin
     wide = lambda state: jax.tree.map(jnp.reshape, state, shapes)
     going = lambda state: (state.count < stop.length) & state.alive.any()
     step = lambda state: narrow(strategy.advance(model, stop, wide(state)))
-    return strategy.result(stop, wide(jax.lax.while_loop(going, step, narrow(state))))
+    with token_loop():
+        last = jax.lax.while_loop(going, step, narrow(state))
+    return strategy.result(stop, wide(last))
 
 
 def generate(model: Decoder, prompts: Prompts, strategy: Strategy, stop: Stop, keys: jax.Array) -> Continuations:

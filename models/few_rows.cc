@@ -1,0 +1,210 @@
+// Products of a few rows with a matrix that is read once, from main memory, for XLA on a CPU.
+//
+// With few rows a product takes about as long to read its matrix as to compute. XLA's products do one after the other: they
+// read strips of a wide matrix, which the processor does not foresee. Here each block of a strip is asked for while the
+// block before it is computed.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, VECTORS = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, VECTORS = 2;
+#else
+constexpr int LANES = 4, VECTORS = 4;
+#endif
+// Registers hold ROWS x VECTORS sums, the vectors of one line of the matrix, and one number of a row.
+constexpr int ROWS = 6;
+constexpr int64_t COLUMNS = LANES * VECTORS;
+constexpr int64_t DEPTH = 128;
+constexpr int64_t LINE = 64 / sizeof(float);
+// Tokens whose rows of a table are read side by side, and how many further on the ones asked for are.
+constexpr int TOKENS = 4;
+constexpr int64_t AHEAD = 8;
+
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
+
+// Into the second cache: the first has no room for it beside what is being multiplied.
+inline void ask(const float* at) { __builtin_prefetch(at, 0, 2); }
+
+// Share `part` of `parts` of `whole` things.
+struct Share {
+  int64_t from, to;
+  Share(int64_t part, int64_t parts, int64_t whole) : from(whole * part / parts), to(whole * (part + 1) / parts) {}
+};
+
+// y += x w for `Count` rows, `depth` lines of w and COLUMNS columns; of the lines at `next` the share is asked for.
+template <int Count>
+void tile(const float* x, int64_t x_row, const float* w, int64_t width, float* y, int64_t depth, bool begins,
+          const float* next, Share share) {
+  Vector sums[Count][VECTORS];
+  for (int r = 0; r < Count; ++r)
+    for (int v = 0; v < VECTORS; ++v)
+      sums[r][v] = begins ? Vector{} : *reinterpret_cast<const Vector*>(y + r * width + v * LANES);
+  for (int64_t k = 0; k < depth; ++k) {
+    if (next)
+      for (int64_t line = share.from; line < share.to; ++line) ask(next + k * width + line * LINE);
+    Vector own[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) own[v] = *reinterpret_cast<const Vector*>(w + k * width + v * LANES);
+    for (int r = 0; r < Count; ++r) {
+      const float one = x[r * x_row + k];
+      for (int v = 0; v < VECTORS; ++v) sums[r][v] += one * own[v];
+    }
+  }
+  for (int r = 0; r < Count; ++r)
+    for (int v = 0; v < VECTORS; ++v) *reinterpret_cast<Vector*>(y + r * width + v * LANES) = sums[r][v];
+}
+
+// Of the lanes of four vectors, the sums.
+typedef float Four __attribute__((vector_size(4 * sizeof(float)), aligned(4), may_alias));
+
+inline Four quarter(const Vector& vector) {
+  Four parts[LANES / 4];
+  __builtin_memcpy(parts, &vector, sizeof(vector));
+  Four total = parts[0];
+  for (int part = 1; part < LANES / 4; ++part) total += parts[part];
+  return total;
+}
+
+inline Four sums_of(const Vector* v) {
+  const Four a = quarter(v[0]), b = quarter(v[1]), c = quarter(v[2]), d = quarter(v[3]);
+  const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
+// y_tr = w_t . x_r for TOKENS rows of a table and `Count` of x; of the rows at `next` the share is asked for.
+template <int Count>
+void dots(const float* x, const float* w, int64_t depth, float* y, int64_t y_row, const float* next, Share share) {
+  Vector sums[Count][TOKENS];
+  for (auto& of_row : sums)
+    for (auto& sum : of_row) sum = Vector{};
+  int64_t k = 0;
+  for (; k + LANES <= depth; k += LANES) {
+    if (next && k % LINE == 0)
+      for (int64_t t = share.from; t < share.to; ++t) ask(next + t * depth + k);
+    Vector own[TOKENS];
+    for (int t = 0; t < TOKENS; ++t) own[t] = *reinterpret_cast<const Vector*>(w + t * depth + k);
+    for (int r = 0; r < Count; ++r) {
+      const Vector one = *reinterpret_cast<const Vector*>(x + r * depth + k);
+      for (int t = 0; t < TOKENS; ++t) sums[r][t] += one * own[t];
+    }
+  }
+  for (int r = 0; r < Count; ++r) {
+    Four totals = sums_of(sums[r]);
+    for (int64_t rest = k; rest < depth; ++rest)
+      for (int t = 0; t < TOKENS; ++t) totals[t] += x[r * depth + rest] * w[t * depth + rest];
+    *reinterpret_cast<Four*>(y + r * y_row) = totals;
+  }
+}
+
+// Calls `f` with the number of rows, 1 to ROWS, as a constant.
+template <int Count = ROWS, typename F>
+void of_rows(int64_t count, F f) {
+  if constexpr (Count > 0) {
+    if (count == Count)
+      f(std::integral_constant<int, Count>());
+    else
+      of_rows<Count - 1>(count, f);
+  }
+}
+
+// Calls `work(part, following)` for every part, on the threads of the pool and this one. `following` is the part that this
+// thread will most likely have next, or `parts`. No thread waits for one that has not begun: all others could be waiting too.
+template <typename F>
+void shared(ffi::ThreadPool pool, int64_t parts, F work) {
+  struct Progress {
+    std::atomic<int64_t> taken{0}, done{0};
+  };
+  auto progress = std::make_shared<Progress>();
+  auto run = [progress, parts, work] {
+    for (int64_t part; (part = progress->taken.fetch_add(1)) < parts; progress->done.fetch_add(1))
+      work(part, [&] { return std::min(progress->taken.load(std::memory_order_relaxed), parts); });
+  };
+  for (int64_t helper = 1; helper < std::min(pool.num_threads(), parts); ++helper) pool.Schedule(decltype(run)(run));
+  run();
+  while (progress->done.load() < parts) std::this_thread::yield();
+}
+
+using Matrix = ffi::Buffer<ffi::F32, 2>;
+using Product = ffi::Result<Matrix>;
+
+// y_bf = sum_d x_bd w_df.
+ffi::Error Rows(ffi::ThreadPool pool, Matrix x, Matrix w, Product y) {
+  const int64_t rows = x.dimensions()[0], depth = w.dimensions()[0], width = w.dimensions()[1];
+  const int64_t strips = width / COLUMNS, groups = (rows + ROWS - 1) / ROWS;
+  const float *from = x.typed_data(), *by = w.typed_data();
+  float* to = y->typed_data();
+  shared(pool, strips + 1, [=](int64_t strip, auto following) {
+    if (strip == strips) {
+      // The columns that fill no strip.
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t f = strips * COLUMNS; f < width; ++f) {
+          float total = 0;
+          for (int64_t k = 0; k < depth; ++k) total += from[r * depth + k] * by[k * width + f];
+          to[r * width + f] = total;
+        }
+      return;
+    }
+    const float* own = by + strip * COLUMNS;
+    for (int64_t k = 0; k < depth; k += DEPTH) {
+      const int64_t block = std::min(DEPTH, depth - k);
+      const float* next = nullptr;
+      if (k + 2 * DEPTH <= depth) {
+        next = own + (k + DEPTH) * width;
+      } else if (k + DEPTH >= depth) {
+        const int64_t other = following();
+        next = other < strips ? by + other * COLUMNS : nullptr;
+      }
+      for (int64_t group = 0; group < groups; ++group)
+        of_rows(std::min<int64_t>(ROWS, rows - group * ROWS), [&](auto count) {
+          tile<count>(from + group * ROWS * depth + k, depth, own + k * width, width,
+                      to + group * ROWS * width + strip * COLUMNS, block, k == 0, next,
+                      Share(group, groups, COLUMNS / LINE));
+        });
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// y_bv = sum_d x_bd w_vd.
+ffi::Error Table(ffi::ThreadPool pool, Matrix x, Matrix w, Product y) {
+  const int64_t rows = x.dimensions()[0], tokens = w.dimensions()[0], depth = w.dimensions()[1];
+  const int64_t groups = (rows + ROWS - 1) / ROWS, size = 64 * TOKENS;
+  const float *from = x.typed_data(), *by = w.typed_data();
+  float* to = y->typed_data();
+  shared(pool, (tokens + size - 1) / size, [=](int64_t part, auto) {
+    const int64_t end = std::min(tokens, (part + 1) * size);
+    int64_t token = part * size;
+    for (; token + TOKENS <= end; token += TOKENS) {
+      const float* next = token + AHEAD + TOKENS <= tokens ? by + (token + AHEAD) * depth : nullptr;
+      for (int64_t group = 0; group < groups; ++group)
+        of_rows(std::min<int64_t>(ROWS, rows - group * ROWS), [&](auto count) {
+          dots<count>(from + group * ROWS * depth, by + token * depth, depth, to + group * ROWS * tokens + token, tokens,
+                      next, Share(group, groups, TOKENS));
+        });
+    }
+    for (; token < end; ++token)
+      for (int64_t r = 0; r < rows; ++r) {
+        float total = 0;
+        for (int64_t k = 0; k < depth; ++k) total += from[r * depth + k] * by[token * depth + k];
+        to[r * tokens + token] = total;
+      }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rows, Rows, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<Matrix>().Ret<Matrix>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(table, Table, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<Matrix>().Ret<Matrix>());

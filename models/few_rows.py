@@ -1,0 +1,146 @@
+"""Products of a few rows in a loop over tokens, on a CPU: kernels of our own (few_rows.cc) in place of XLA's."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform as machine
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from partitioning import devices, platform
+
+FEW = 64
+"""So many rows, at most, are taken for a step of decoding."""
+
+SOURCE = Path(__file__).with_suffix(".cc")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
+
+_step = ContextVar("step", default=False)
+
+
+@contextmanager
+def token_loop() -> Iterator[None]:
+    """The body of a loop over tokens: all of its products read their whole matrix for a few rows, again and again."""
+    token = _step.set(True)
+    try:
+        yield
+    finally:
+        _step.reset(token)
+
+
+def by_kernel(x: Float[Array, "B D"], matrix: Array) -> bool:
+    """Whether a product goes by `rows` or `table`: in a `token_loop`, of at most `FEW` rows, float32 on one CPU.
+
+    Where there is no C++ compiler it does not, and a line says so.
+    """
+    if not (_step.get() and len(x) <= FEW and x.dtype == matrix.dtype == jnp.float32 and platform() == "cpu"):
+        return False
+    return devices() == 1 and compiled(os.environ.get("CXX", "c++"))
+
+
+@jax.custom_jvp
+def rows(x: Float[Array, "B D"], matrix: Float[Array, "D F"]) -> Float[Array, "B F"]:
+    """y_bf = sum_d x_bd matrix_df, the matrix read once while the product is computed.
+
+    Args:
+      x: hidden states.
+      matrix: a kernel.
+    """
+    return _call("rows", x, matrix, matrix.shape[1])
+
+
+@rows.defjvp
+def _rows_jvp(primals, tangents):
+    (x, matrix), (dx, dmatrix) = primals, tangents
+    return rows(x, matrix), dx @ matrix + x @ dmatrix
+
+
+@jax.custom_jvp
+def table(x: Float[Array, "B D"], matrix: Float[Array, "V D"]) -> Float[Array, "B V"]:
+    """y_bv = sum_d x_bd matrix_vd, as `rows`.
+
+    Args:
+      x: hidden states.
+      matrix: a table of tokens.
+    """
+    return _call("table", x, matrix, matrix.shape[0])
+
+
+@table.defjvp
+def _table_jvp(primals, tangents):
+    (x, matrix), (dx, dmatrix) = primals, tangents
+    return table(x, matrix), dx @ matrix.T + x @ dmatrix.T
+
+
+def _call(name: str, x: Array, matrix: Array, width: int) -> Array:
+    out = jax.ShapeDtypeStruct((len(x), width), x.dtype)
+    return jax.ffi.ffi_call(f"palmette_{name}", out, vmap_method="sequential")(x, matrix)
+
+
+@cache
+def compiled(compiler: str) -> bool:
+    """Whether the kernels are there: compiled for this machine when they are first asked for, and kept for the next time.
+
+    Args:
+      compiler: a C++ compiler, by path or by name.
+    """
+    try:
+        library = ctypes.CDLL(str(library_file(compiler)))
+    except (OSError, subprocess.CalledProcessError) as problem:
+        said = getattr(problem, "stderr", None) or str(problem)
+        logging.getLogger(__name__).warning(
+            "decoding takes XLA's products, which are slower: the compiler %s made no kernels (%s); install one, or set CXX",
+            compiler,
+            said.strip().splitlines()[0] if said.strip() else "it failed",
+        )
+        return False
+    for name in ("rows", "table"):
+        jax.ffi.register_ffi_target(f"palmette_{name}", jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return True
+
+
+def library_file(compiler: str) -> Path:
+    """The compiled kernels, of a name that changes with all that they are made from.
+
+    Raises:
+      OSError: there is no such compiler, or no place to write to.
+      CalledProcessError: it refused the source.
+    """
+    found = shutil.which(compiler)
+    if found is None:
+        raise OSError("it is not on PATH")
+    run = partial(subprocess.run, check=True, capture_output=True, text=True)
+    version = run([found, "--version"]).stdout
+    made_from = (SOURCE.read_text(), *FLAGS, version, jax.__version__, _processor())
+    name = f"few_rows-{hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]}.so"
+    place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "palmette" / name
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+            # Several processes may get here at once: each writes its own, and the last name stays.
+            made = Path(folder) / name
+            run([found, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made)])
+            os.replace(made, place)
+    return place
+
+
+def _processor() -> str:
+    """What code for 'this machine' depends on: a home folder can be seen by several."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return machine.platform()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "") + machine.machine()

@@ -1,0 +1,182 @@
+"""Kernels for a few rows: numpy's products in float64, rows that know nothing of each other, and when they are used."""
+
+import logging
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from writing import VOCABULARY, prompts, writer
+
+from models import few_rows
+from models.decoding import Greedy, Stop, TrunkDecoder, generate, unrolled
+from models.few_rows import FEW, by_kernel, compiled, library_file, rows, table, token_loop
+from partitioning import fsdp_tensor
+from training.flops import forward_flops
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler: decoding takes XLA's products")
+
+# Rows in whole and broken groups; depths below, at and above a vector and a block; widths with and without a strip.
+SIZES = [
+    (1, 1, 1),
+    (1, 512, 192),
+    (2, 128, 64),
+    (5, 7, 63),
+    (6, 129, 64),
+    (7, 256, 65),
+    (13, 300, 131),
+    (16, 1408, 512),
+    (FEW, 33, 260),
+]
+
+
+@pytest.fixture(autouse=True)
+def _compiled():
+    assert compiled("c++")
+
+
+def numbers(*shape):
+    return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_products_are_those_of_numpy(size):
+    """Within the rounding of a sum: its terms' sizes, times float32's step."""
+    b, d, f = size
+    x, matrix = numbers(b, d), numbers(d, f)
+    wide = x.astype(np.float64) @ matrix
+    bound = d**0.5 * np.finfo(np.float32).eps * (np.abs(x).astype(np.float64) @ np.abs(matrix))
+    for found in (rows(x, matrix), table(x, matrix.T.copy())):
+        assert found.shape == (b, f)
+        assert found.dtype == jnp.float32
+        assert (np.abs(np.asarray(found) - wide) <= bound + 1e-7).all()
+
+
+@pytest.mark.parametrize("product", [rows, table])
+def test_a_row_s_bits_do_not_depend_on_the_others(product):
+    x = numbers(17, 300)
+    matrix = numbers(300, 200) if product is rows else numbers(200, 300)
+    together = np.asarray(product(x, matrix))
+    for row in (0, 5, 6, 16):
+        np.testing.assert_array_equal(np.asarray(product(x[row : row + 1], matrix))[0], together[row])
+
+
+@pytest.mark.parametrize("product", [rows, table])
+def test_what_is_no_number_stays_in_its_row(product):
+    x, matrix = numbers(3, 40), numbers(*((40, 70) if product is rows else (70, 40)))
+    x[1, 3] = np.nan
+    found = np.asarray(product(x, matrix))
+    assert np.isnan(found[1]).all()
+    assert np.isfinite(found[[0, 2]]).all()
+    x[1, 3] = np.inf
+    assert np.isinf(np.asarray(product(x, matrix))[1]).all()
+
+
+def test_tangents_are_those_of_the_product():
+    x, matrix, dx, dmatrix = numbers(4, 30), numbers(30, 20), numbers(4, 30)[::-1].copy(), numbers(30, 20)[::-1].copy()
+    for product, turn in ((rows, lambda m: m), (table, lambda m: m.T.copy())):
+        found = jax.jvp(product, (x, turn(matrix)), (dx, turn(dmatrix)))
+        expected = jax.jvp(jnp.matmul, (x, matrix), (dx, dmatrix))
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_many_calls_at_once_all_end():
+    """More callers than the pool has threads: none waits for a helper that cannot begin."""
+    x, matrix = numbers(16, 256), numbers(256, 640)
+    run = jax.jit(lambda x: rows(rows(x, matrix) @ matrix.T, matrix))
+    expected = np.asarray(run(x))
+    with ThreadPoolExecutor(16) as pool:
+        for found in pool.map(lambda _: np.asarray(run(x)), range(200), timeout=120):
+            np.testing.assert_array_equal(found, expected)
+
+
+def continued(kernels):
+    """A greedy continuation in float32, with the program's text."""
+    given = prompts(3, 7, 1)
+    graph, state = nnx.split(unrolled(writer("llama")))
+    stop = Stop(length=5, pad=VOCABULARY.pad)
+    run = lambda s, p, k: generate(TrunkDecoder(nnx.merge(graph, s)), p, Greedy(), stop, k)
+    keys = jax.random.split(jax.random.key(5), 3)
+    with pytest.MonkeyPatch.context() as patch:
+        if not kernels:
+            patch.setattr(few_rows, "compiled", lambda compiler: False)
+        made = jax.jit(run).lower(state, given, keys).compile()
+    return jax.device_get(made(state, given, keys)), made.as_text()
+
+
+def test_decoding_is_the_same_with_the_kernels():
+    with_them, program = continued(True)
+    without, plain = continued(False)
+    assert "palmette_rows" in program
+    assert "palmette_table" in program
+    assert "palmette" not in plain
+    np.testing.assert_array_equal(with_them.tokens, without.tokens)
+    np.testing.assert_allclose(with_them.log_probability, without.log_probability, atol=1e-5)
+
+
+def test_they_are_taken_in_a_loop_over_tokens_and_nowhere_else():
+    x, matrix = jnp.ones((4, 8)), jnp.ones((8, 8))
+    assert not by_kernel(x, matrix)
+    with token_loop():
+        assert by_kernel(x, matrix)
+        assert not by_kernel(jnp.ones((FEW + 1, 8)), matrix)
+        assert not by_kernel(x.astype(jnp.bfloat16), matrix)
+        assert not by_kernel(x, matrix.astype(jnp.bfloat16))
+        with fsdp_tensor(2).place(jax.devices()[:2]).scope():
+            assert not by_kernel(x, matrix)
+    assert not by_kernel(x, matrix)
+
+
+def test_their_flops_are_counted():
+    x, matrix = jnp.ones((4, 8)), jnp.ones((8, 24))
+    for found in (forward_flops(rows, x, matrix), forward_flops(table, x, matrix.T)):
+        assert found.flops == 2 * 4 * 8 * 24
+
+
+def test_they_are_compiled_once_and_again_for_other_flags(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = library_file("c++")
+    made = first.stat().st_mtime_ns
+    assert library_file("c++") == first
+    assert first.stat().st_mtime_ns == made
+    monkeypatch.setattr(few_rows, "FLAGS", (*few_rows.FLAGS, "-DANOTHER"))
+    assert library_file("c++") != first
+    assert sorted(p.suffix for p in (tmp_path / "palmette").iterdir()) == [".so", ".so"]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [(None, "it is not on PATH"), ("this is no C++", "error")],
+    ids=["no compiler", "refused"],
+)
+def test_without_kernels_a_line_says_so_and_nothing_is_left(source, said, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if source is not None:
+        (tmp_path / "few_rows.cc").write_text(source)
+        monkeypatch.setattr(few_rows, "SOURCE", tmp_path / "few_rows.cc")
+    compiler = "no-such-compiler" if source is None else shutil.which("c++")
+    compiled.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert not compiled(compiler)
+        assert not compiled(compiler)
+    (line,) = caplog.messages
+    assert "\n" not in line
+    for word in (compiler, said, "CXX"):
+        assert word in line
+    assert not list(tmp_path.glob("palmette/*"))
+    compiled.cache_clear()
+
+
+def test_the_source_has_no_warnings():
+    flags = [flag for flag in few_rows.FLAGS if flag != "-w"]
+    headers = f"-isystem{jax.ffi.include_dir()}"
+    done = subprocess.run(
+        ["c++", *flags, "-Wall", "-Wextra", "-Werror", "-Wno-attributes", headers, "-fsyntax-only", str(few_rows.SOURCE)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
