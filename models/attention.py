@@ -14,6 +14,7 @@ from models.backends.reference import reference, reference_weights
 from models.backends.splash import splash
 from models.backends.view import Keys, View
 from models.backends.xla import xla
+from models.few_rows import kernels
 from models.initializers import normal
 from models.linear import linear, side_by_side
 from models.positions import few, gather, rotate
@@ -33,11 +34,12 @@ BACKENDS: dict[str, Callable[..., Float[Array, "B Q H K"]]] = {
 def _named(name: str) -> Callable[..., Float[Array, "B Q H K"]]:
     """The product as a jitted function of this name: FLOPs are counted by half where the name says that it is causal."""
 
-    def product(q, k, v, view, bias, *, backend):
+    def product(q, k, v, view, bias, *, backend, kernels):
+        del kernels  # What is traced here depends on it: without it jit would take one for the other.
         return BACKENDS[backend](q, k, v, view, bias)
 
     product.__name__ = product.__qualname__ = name
-    return jax.jit(product, static_argnames="backend")
+    return jax.jit(product, static_argnames=("backend", "kernels"))
 
 
 attention_causal, attention_full = _named("attention_causal"), _named("attention_full")
@@ -193,7 +195,7 @@ class Attention(nnx.Module):
         k, v = (constrain(x, "batch", None, "heads", "kv") for x in (k, v))
         q = q if self.query_scale is None else q * self.query_scale
         product = attention_causal if causal else attention_full
-        mixed = product(q, k, v, view, bias, backend=self.backend)
+        mixed = product(q, k, v, view, bias, backend=self.backend, kernels=kernels())
         # No back end hands its weights out: they are computed again for those who look.
         tapped = {"attention": reference_weights(q, k, view.visible, bias)} if "attention" in taps else {}
         return self._joined(hidden, mixed), tapped

@@ -43,16 +43,16 @@ struct Share {
   Share(int64_t part, int64_t parts, int64_t whole) : from(whole * part / parts), to(whole * (part + 1) / parts) {}
 };
 
-// y += x w for `Count` rows, `depth` lines of w and COLUMNS columns; of the lines at `next` the share is asked for.
+// y += x w for `Count` rows, `depth` lines of w and COLUMNS columns; of `ahead` lines at `next` the share is asked for.
 template <int Count>
 void tile(const float* x, int64_t x_row, const float* w, int64_t width, float* y, int64_t depth, bool begins,
-          const float* next, Share share) {
+          const float* next, int64_t ahead, Share share) {
   Vector sums[Count][VECTORS];
   for (int r = 0; r < Count; ++r)
     for (int v = 0; v < VECTORS; ++v)
       sums[r][v] = begins ? Vector{} : *reinterpret_cast<const Vector*>(y + r * width + v * LANES);
   for (int64_t k = 0; k < depth; ++k) {
-    if (next)
+    if (k < ahead)
       for (int64_t line = share.from; line < share.to; ++line) ask(next + k * width + line * LINE);
     Vector own[VECTORS];
     for (int v = 0; v < VECTORS; ++v) own[v] = *reinterpret_cast<const Vector*>(w + k * width + v * LANES);
@@ -136,49 +136,72 @@ void shared(ffi::ThreadPool pool, int64_t parts, F work) {
   while (progress->done.load() < parts) std::this_thread::yield();
 }
 
-using Matrix = ffi::Buffer<ffi::F32, 2>;
-using Product = ffi::Result<Matrix>;
-
-// y_bf = sum_d x_bd w_df.
-ffi::Error Rows(ffi::ThreadPool pool, Matrix x, Matrix w, Product y) {
-  const int64_t rows = x.dimensions()[0], depth = w.dimensions()[0], width = w.dimensions()[1];
-  const int64_t strips = width / COLUMNS, groups = (rows + ROWS - 1) / ROWS;
-  const float *from = x.typed_data(), *by = w.typed_data();
-  float* to = y->typed_data();
-  shared(pool, strips + 1, [=](int64_t strip, auto following) {
-    if (strip == strips) {
-      // The columns that fill no strip.
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t f = strips * COLUMNS; f < width; ++f) {
-          float total = 0;
-          for (int64_t k = 0; k < depth; ++k) total += from[r * depth + k] * by[k * width + f];
-          to[r * width + f] = total;
-        }
-      return;
-    }
-    const float* own = by + strip * COLUMNS;
+// y = x w in strips [from, to) of COLUMNS columns; `following` says where the strip is that this thread reads after them.
+template <typename F>
+void strips(const float* x, const float* w, float* y, int64_t rows, int64_t depth, int64_t width, int64_t from, int64_t to,
+            F following) {
+  const int64_t groups = (rows + ROWS - 1) / ROWS;
+  for (int64_t strip = from; strip < to; ++strip) {
+    const float* own = w + strip * COLUMNS;
     for (int64_t k = 0; k < depth; k += DEPTH) {
-      const int64_t block = std::min(DEPTH, depth - k);
-      const float* next = nullptr;
-      if (k + 2 * DEPTH <= depth) {
-        next = own + (k + DEPTH) * width;
-      } else if (k + DEPTH >= depth) {
-        const int64_t other = following();
-        next = other < strips ? by + other * COLUMNS : nullptr;
-      }
+      const int64_t block = std::min(DEPTH, depth - k), after = depth - k - block;
+      const float* next = after > 0 ? own + (k + DEPTH) * width : strip + 1 < to ? own + COLUMNS : following();
+      const int64_t ahead = next == nullptr ? 0 : after > 0 ? std::min(block, after) : block;
       for (int64_t group = 0; group < groups; ++group)
         of_rows(std::min<int64_t>(ROWS, rows - group * ROWS), [&](auto count) {
-          tile<count>(from + group * ROWS * depth + k, depth, own + k * width, width,
-                      to + group * ROWS * width + strip * COLUMNS, block, k == 0, next,
+          tile<count>(x + group * ROWS * depth + k, depth, own + k * width, width,
+                      y + group * ROWS * width + strip * COLUMNS, block, k == 0, next, ahead,
                       Share(group, groups, COLUMNS / LINE));
         });
     }
-  });
+  }
+}
+
+// y = x w in the columns from `from` on, which fill no strip.
+void rest(const float* x, const float* w, float* y, int64_t rows, int64_t depth, int64_t width, int64_t from) {
+  for (int64_t r = 0; r < rows && from < width; ++r) {
+    float* to = y + r * width;
+    std::fill(to + from, to + width, 0.0f);
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t f = from; f < width; ++f) to[f] += x[r * depth + k] * w[k * width + f];
+  }
+}
+
+using Matrix = ffi::Buffer<ffi::F32, 2>;
+using Matrices = ffi::Buffer<ffi::F32>;
+
+// y_nbf = sum_d x_nbd w_ndf.
+ffi::Error Rows(ffi::ThreadPool pool, Matrices x, Matrices w, ffi::Result<Matrices> y) {
+  // Any number of dimensions in front, which all count matrices.
+  const size_t last = w.dimensions().size() - 1;
+  const int64_t rows = x.dimensions()[last - 1], depth = w.dimensions()[last - 1], width = w.dimensions()[last];
+  const int64_t number = w.element_count() / (depth * width), whole = width / COLUMNS;
+  const float *from = x.typed_data(), *by = w.typed_data();
+  float* to = y->typed_data();
+  if (number == 1) {
+    shared(pool, whole + 1, [=](int64_t strip, auto following) {
+      if (strip == whole) return rest(from, by, to, rows, depth, width, whole * COLUMNS);
+      strips(from, by, to, rows, depth, width, strip, strip + 1, [&]() -> const float* {
+        const int64_t other = following();
+        return other < whole ? by + other * COLUMNS : nullptr;
+      });
+    });
+  } else {
+    shared(pool, number, [=](int64_t n, auto following) {
+      const float *own_x = from + n * rows * depth, *own = by + n * depth * width;
+      float* own_y = to + n * rows * width;
+      strips(own_x, own, own_y, rows, depth, width, 0, whole, [&]() -> const float* {
+        const int64_t other = following();
+        return other < number && whole > 0 ? by + other * depth * width : nullptr;
+      });
+      rest(own_x, own, own_y, rows, depth, width, whole * COLUMNS);
+    });
+  }
   return ffi::Error::Success();
 }
 
 // y_bv = sum_d x_bd w_vd.
-ffi::Error Table(ffi::ThreadPool pool, Matrix x, Matrix w, Product y) {
+ffi::Error Table(ffi::ThreadPool pool, Matrix x, Matrix w, ffi::Result<Matrix> y) {
   const int64_t rows = x.dimensions()[0], tokens = w.dimensions()[0], depth = w.dimensions()[1];
   const int64_t groups = (rows + ROWS - 1) / ROWS, size = 64 * TOKENS;
   const float *from = x.typed_data(), *by = w.typed_data();
@@ -206,5 +229,7 @@ ffi::Error Table(ffi::ThreadPool pool, Matrix x, Matrix w, Product y) {
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(rows, Rows, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<Matrix>().Ret<Matrix>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(table, Table, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<Matrix>().Ret<Matrix>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    rows, Rows, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrices>().Arg<Matrices>().Ret<Matrices>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(table, Table,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<Matrix>().Ret<Matrix>());

@@ -41,25 +41,27 @@ def token_loop() -> Iterator[None]:
         _step.reset(token)
 
 
-def by_kernel(x: Float[Array, "B D"], matrix: Array) -> bool:
-    """Whether a product goes by `rows` or `table`: in a `token_loop`, of at most `FEW` rows, float32 on one CPU.
+def kernels() -> bool:
+    """Whether products go by the kernels here: in a `token_loop`, on one CPU, with a compiler; a line says that there is none."""
+    return _step.get() and platform() == "cpu" and devices() == 1 and compiled(os.environ.get("CXX", "c++"))
 
-    Where there is no C++ compiler it does not, and a line says so.
-    """
-    if not (_step.get() and len(x) <= FEW and x.dtype == matrix.dtype == jnp.float32 and platform() == "cpu"):
-        return False
-    return devices() == 1 and compiled(os.environ.get("CXX", "c++"))
+
+def by_kernel(x: Float[Array, "*N B D"], matrix: Array) -> bool:
+    """Whether this product goes by `rows` or `table`: one of at most `FEW` rows in float32, where there are `kernels`."""
+    some = x.shape[-2] <= FEW and x.size > 0 and matrix.size > 0
+    return some and x.dtype == matrix.dtype == jnp.float32 and kernels()
 
 
 @jax.custom_jvp
-def rows(x: Float[Array, "B D"], matrix: Float[Array, "D F"]) -> Float[Array, "B F"]:
-    """y_bf = sum_d x_bd matrix_df, the matrix read once while the product is computed.
+def rows(x: Float[Array, "*N B D"], matrix: Float[Array, "*N D F"]) -> Float[Array, "*N B F"]:
+    """y_nbf = sum_d x_nbd matrix_ndf, a matrix read once while its product is computed.
 
     Args:
-      x: hidden states.
-      matrix: a kernel.
+      x: hidden states, a few for each matrix.
+      matrix: kernels, or a cache's keys or values.
     """
-    return _call("rows", x, matrix, matrix.shape[1])
+    # Not reshaped: XLA would not write into a cache in place that it hands on in another shape.
+    return _call("rows", x, matrix, (*x.shape[:-1], matrix.shape[-1]))
 
 
 @rows.defjvp
@@ -76,7 +78,7 @@ def table(x: Float[Array, "B D"], matrix: Float[Array, "V D"]) -> Float[Array, "
       x: hidden states.
       matrix: a table of tokens.
     """
-    return _call("table", x, matrix, matrix.shape[0])
+    return _call("table", x, matrix, (len(x), len(matrix)))
 
 
 @table.defjvp
@@ -85,8 +87,8 @@ def _table_jvp(primals, tangents):
     return table(x, matrix), dx @ matrix.T + x @ dmatrix.T
 
 
-def _call(name: str, x: Array, matrix: Array, width: int) -> Array:
-    out = jax.ShapeDtypeStruct((len(x), width), x.dtype)
+def _call(name: str, x: Array, matrix: Array, shape: tuple[int, ...]) -> Array:
+    out = jax.ShapeDtypeStruct(shape, x.dtype)
     return jax.ffi.ffi_call(f"palmette_{name}", out, vmap_method="sequential")(x, matrix)
 
 

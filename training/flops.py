@@ -105,8 +105,8 @@ def _equation(equation: Any, name: str, causal: float) -> FlopCount:
         # cuDNN's attention, query [B, T, N, H] and key [B, S, N, H]: two products. A causal one is halved by its name.
         return FlopCount(4.0 * math.prod(shapes[0]) * shapes[1][1])
     if kind == "ffi_call" and params["target_name"].startswith("palmette_"):
-        # models/few_rows.py: products of [rows, n] with a matrix.
-        return FlopCount(2.0 * result * shapes[0][1])
+        # models/few_rows.py: products of [..., rows, n] with matrices.
+        return FlopCount(2.0 * result * shapes[0][-1])
     if kind == "scan":
         return params["length"] * _walk(params["jaxpr"].jaxpr, name, causal)
     if kind == "while":

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from models.backends.view import View, over_heads
+from models.few_rows import by_kernel, rows
 
 HIDDEN = -1e30
 """The score of a key that is not seen, far below any other."""
@@ -40,14 +41,20 @@ def _of_one_slot(
     """
     asked = q.reshape(len(q), k.shape[2], -1, q.shape[3]) * q.shape[-1] ** -0.5
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bgnk,bgks->bgns", asked, k.transpose(0, 2, 3, 1), preferred_element_type=wide)
+    scores = _each(asked, k.transpose(0, 2, 3, 1), wide)
     scores = jnp.where(view.visible[:, None], scores, HIDDEN)
     largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     powers = jnp.exp(scores - largest)
-    mixed = jnp.einsum("bgns,bgsk->bgnk", powers.astype(v.dtype), v.transpose(0, 2, 1, 3), preferred_element_type=wide)
+    mixed = _each(powers.astype(v.dtype), v.transpose(0, 2, 1, 3), wide)
     # A query that sees nothing has a power of 1 for every key.
     share = jnp.where(largest > HIDDEN, 1 / powers.sum(-1, keepdims=True), 0.0)
     return (mixed * share).astype(v.dtype).reshape(q.shape)
+
+
+def _each(x: Float[Array, "B G N D"], matrix: Float[Array, "B G D F"], wide: jnp.dtype) -> Float[Array, "B G N F"]:
+    if by_kernel(x, matrix):
+        return rows(x, matrix)
+    return jnp.einsum("bgnd,bgdf->bgnf", x, matrix, preferred_element_type=wide)
 
 
 @jax.custom_jvp

@@ -56,6 +56,15 @@ def test_products_are_those_of_numpy(size):
         assert (np.abs(np.asarray(found) - wide) <= bound + 1e-7).all()
 
 
+@pytest.mark.parametrize(("n", "b", "d", "f"), [(3, 2, 64, 192), (4, 2, 192, 64), (5, 7, 200, 130), (2, 1, 9, 10)])
+def test_products_of_several_matrices_are_those_one_by_one(n, b, d, f):
+    x, matrix = numbers(n, 2, b, d), numbers(n, 2, d, f)
+    found = np.asarray(rows(x, matrix))
+    assert found.shape == (n, 2, b, f)
+    for i, j in np.ndindex(n, 2):
+        np.testing.assert_array_equal(found[i, j], np.asarray(rows(x[i, j], matrix[i, j])))
+
+
 @pytest.mark.parametrize("product", [rows, table])
 def test_a_row_s_bits_do_not_depend_on_the_others(product):
     x = numbers(17, 300)
