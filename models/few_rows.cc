@@ -77,10 +77,12 @@ inline Four quarter(const Vector& vector) {
 }
 
 inline Four sums_of(const Vector* v) {
-  const Four a = quarter(v[0]), b = quarter(v[1]), c = quarter(v[2]), d = quarter(v[3]);
-  const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  Four totals;
+  for (int t = 0; t < 4; ++t) {
+    const Four q = quarter(v[t]);
+    totals[t] = (q[0] + q[2]) + (q[1] + q[3]);
+  }
+  return totals;
 }
 
 // y_tr = w_t . x_r for TOKENS rows of a table and `Count` of x; of the rows at `next` the share is asked for.
@@ -96,7 +98,11 @@ void dots(const float* x, const float* w, int64_t depth, float* y, int64_t y_row
     Vector own[TOKENS];
     for (int t = 0; t < TOKENS; ++t) own[t] = *reinterpret_cast<const Vector*>(w + t * depth + k);
     for (int r = 0; r < Count; ++r) {
-      const Vector one = *reinterpret_cast<const Vector*>(x + r * depth + k);
+      Vector one = *reinterpret_cast<const Vector*>(x + r * depth + k);
+#if defined(__AVX__)
+      // In a register: as an operand in memory it would be loaded again for each of the tokens.
+      asm("" : "+v"(one));
+#endif
       for (int t = 0; t < TOKENS; ++t) sums[r][t] += one * own[t];
     }
   }

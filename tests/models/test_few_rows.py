@@ -1,6 +1,8 @@
 """Kernels for a few rows: numpy's products in float64, rows that know nothing of each other, and when they are used."""
 
+import ctypes
 import logging
+import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +56,27 @@ def test_products_are_those_of_numpy(size):
         assert found.shape == (b, f)
         assert found.dtype == jnp.float32
         assert (np.abs(np.asarray(found) - wide) <= bound + 1e-7).all()
+
+
+# Narrower vectors than this machine may have.
+OLDER = ("x86-64", "x86-64-v3") if platform.machine() == "x86_64" and "avx2" in few_rows._processor() else ()
+
+
+@pytest.mark.parametrize("processor", OLDER)
+def test_products_are_those_of_numpy_on_older_processors(processor, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = [f"-march={processor}" if flag == "-march=native" else flag for flag in few_rows.FLAGS]
+    monkeypatch.setattr(few_rows, "FLAGS", tuple(flags))
+    library = ctypes.CDLL(str(library_file("c++")))
+    for name in ("rows", "table"):
+        target = jax.ffi.pycapsule(getattr(library, name))
+        jax.ffi.register_ffi_target(f"{processor}_{name}", target, platform="cpu")
+    for b, d, f in SIZES:
+        x, matrix = numbers(b, d), numbers(d, f)
+        bound = d**0.5 * np.finfo(np.float32).eps * (np.abs(x).astype(np.float64) @ np.abs(matrix)) + 1e-7
+        for name, given in (("rows", matrix), ("table", matrix.T.copy())):
+            found = jax.ffi.ffi_call(f"{processor}_{name}", jax.ShapeDtypeStruct((b, f), jnp.float32))(x, given)
+            assert (np.abs(np.asarray(found) - x.astype(np.float64) @ matrix) <= bound).all(), (name, b, d, f)
 
 
 @pytest.mark.parametrize(("n", "b", "d", "f"), [(3, 2, 64, 192), (4, 2, 192, 64), (5, 7, 200, 130), (2, 1, 9, 10)])
