@@ -39,7 +39,8 @@ def _named(name: str) -> Callable[..., Float[Array, "B Q H K"]]:
         return BACKENDS[backend](q, k, v, view, bias)
 
     product.__name__ = product.__qualname__ = name
-    return jax.jit(product, static_argnames=("backend", "kernels"))
+    traced = jax.jit(product, static_argnames=("backend", "kernels"))
+    return lambda *arrays, backend: traced(*arrays, backend=backend, kernels=kernels())
 
 
 attention_causal, attention_full = _named("attention_causal"), _named("attention_full")
@@ -195,7 +196,7 @@ class Attention(nnx.Module):
         k, v = (constrain(x, "batch", None, "heads", "kv") for x in (k, v))
         q = q if self.query_scale is None else q * self.query_scale
         product = attention_causal if causal else attention_full
-        mixed = product(q, k, v, view, bias, backend=self.backend, kernels=kernels())
+        mixed = product(q, k, v, view, bias, backend=self.backend)
         # No back end hands its weights out: they are computed again for those who look.
         tapped = {"attention": reference_weights(q, k, view.visible, bias)} if "attention" in taps else {}
         return self._joined(hidden, mixed), tapped
