@@ -12,7 +12,7 @@ TEST_ENV := JAX_PLATFORMS=cpu
 # What a file trains and compiles serves all its tests: they stay on one worker.
 PARALLEL := -n 2 --dist loadfile
 
-.PHONY: install lint browser test test-all test-pods quickstart docs bench chaos clean
+.PHONY: install lint browser compiler test test-all test-pods quickstart docs bench chaos clean
 
 install: $(STAMP)
 
@@ -37,13 +37,20 @@ browser:
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; \
 	else echo 'make test: none of $(BROWSERS) is on PATH: install one (Debian: apt-get install chromium)' >&2; exit 2; fi
 
+# Decoding's kernels are compiled.
+compiler:
+	@command -v c++ >/dev/null && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends g++ >/dev/null; \
+	else echo 'make test: no c++ on PATH: install a C++ compiler (Debian: apt-get install g++)' >&2; exit 2; fi
+
 # With libtpu's compiler, and without `transformers`.
-test: lint browser
+test: lint browser compiler
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[tpu]'
 	$(TEST_ENV) $(BIN)/python -m pytest $(PARALLEL) -m 'not long'
 
 # The long tests too, against `transformers` itself and libtpu's compiler, and the other end of the supported stack: the newest Python with the newest jax.
-test-all: lint browser
+test-all: lint browser compiler
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity,data,tpu,wandb]'
 	$(TEST_ENV) $(BIN)/python -m pytest $(PARALLEL)
 	@python3.13 -c '' 2>/dev/null || { echo 'make test-all: python3.13 does not start, expected one on PATH: it runs the suite with jax 0.12' >&2; exit 2; }

@@ -101,8 +101,8 @@ def compiled(compiler: str) -> bool:
     """
     try:
         library = ctypes.CDLL(str(library_file(compiler)))
-    except (OSError, subprocess.CalledProcessError) as problem:
-        said = getattr(problem, "stderr", None) or str(problem)
+    except (OSError, subprocess.SubprocessError) as problem:
+        said = problem.stderr if isinstance(problem, subprocess.CalledProcessError) else str(problem)
         logging.getLogger(__name__).warning(
             "decoding takes XLA's products, which are slower: the compiler %s made no kernels (%s); install one, or set CXX",
             compiler,
@@ -119,12 +119,12 @@ def library_file(compiler: str) -> Path:
 
     Raises:
       OSError: there is no such compiler, or no place to write to.
-      CalledProcessError: it refused the source.
+      SubprocessError: it refused the source, or did not end in five minutes.
     """
     found = shutil.which(compiler)
     if found is None:
         raise OSError("it is not on PATH")
-    run = partial(subprocess.run, check=True, capture_output=True, text=True)
+    run = partial(subprocess.run, check=True, capture_output=True, text=True, timeout=300)
     version = run([found, "--version"]).stdout
     made_from = (SOURCE.read_text(), *FLAGS, version, jax.__version__, _processor())
     name = f"few_rows-{hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]}.so"

@@ -20,8 +20,6 @@ from models.few_rows import FEW, by_kernel, compiled, library_file, rows, table,
 from partitioning import fsdp_tensor
 from training.flops import forward_flops
 
-pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler: decoding takes XLA's products")
-
 # Rows in whole and broken groups; depths below, at and above a vector and a block; widths with and without a strip.
 SIZES = [
     (1, 1, 1),
