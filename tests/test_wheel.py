@@ -50,7 +50,7 @@ def test_it_holds_the_packages_the_configs_and_nothing_else(site):
         str(path.relative_to(ROOT))
         for package in packages["only-include"]
         for path in (ROOT / package).rglob("*")
-        if path.suffix in {".py", ".gin", ".toml", ".html", ".css", ".js", ".LICENSE", ".ipynb"}
+        if path.suffix in {".py", ".cc", ".gin", ".toml", ".html", ".css", ".js", ".LICENSE", ".ipynb"}
         or path.name == "Dockerfile"
     }
     assert held == ours
