@@ -88,11 +88,22 @@ def test_products_of_several_matrices_are_those_one_by_one(n, b, d, f):
 
 @pytest.mark.parametrize("product", [rows, table])
 def test_a_row_s_bits_do_not_depend_on_the_others(product):
-    x = numbers(17, 300)
+    x = numbers(40, 300)
     matrix = numbers(300, 200) if product is rows else numbers(200, 300)
     together = np.asarray(product(x, matrix))
-    for row in (0, 5, 6, 16):
-        np.testing.assert_array_equal(np.asarray(product(x[row : row + 1], matrix))[0], together[row])
+    for begin, many in ((0, 17), (23, 7), (3, 34)):
+        np.testing.assert_array_equal(np.asarray(product(x[begin : begin + many], matrix)), together[begin : begin + many])
+    few = np.asarray(product(x[:6], matrix))
+    for row in (0, 3, 5):
+        np.testing.assert_array_equal(np.asarray(product(x[row : row + 1], matrix))[0], few[row])
+    # Few rows' sums over a table are those of the lanes of a vector; all others are taken one after the other.
+    if product is rows:
+        np.testing.assert_array_equal(few, together[:6])
+
+
+def test_more_rows_than_few_are_refused():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="at most 64 rows"):
+        rows(numbers(FEW + 1, 8), numbers(8, 64))
 
 
 @pytest.mark.parametrize("product", [rows, table])
