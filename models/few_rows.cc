@@ -1,11 +1,9 @@
 // Products of a few rows with a matrix that is read once, from main memory, for XLA on a CPU.
 //
 // With few rows a product takes about as long to read its matrix as to compute. XLA's products do one after the other: they
-// read strips of a wide matrix, which the processor does not foresee. Here each block of a strip is asked for while the
-// block before it is computed, and what was asked for is read once: what the second cache gives beside it is no more.
-//
-// Up to ROWS rows: lanes of a vector are columns of the matrix, or for a table what is summed, and registers hold all rows.
-// More rows: lanes are the rows.
+// read strips of a wide matrix, which the processor does not foresee. Here a matrix is read as it lies in memory where there is
+// little to compute (few rows); where there is more, each block of a strip is asked for while the one before it is computed,
+// and rows are the lanes of a vector, so that each number of the matrix is read once more, and no more, from a cache.
 
 #include <algorithm>
 #include <atomic>
@@ -22,24 +20,22 @@ namespace ffi = xla::ffi;
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int64_t LANES = 16, VECTORS = 4;
+constexpr int64_t LANES = 16;
 #elif defined(__AVX__)
-constexpr int64_t LANES = 8, VECTORS = 2;
+constexpr int64_t LANES = 8;
 #else
-constexpr int64_t LANES = 4, VECTORS = 4;
+constexpr int64_t LANES = 4;
 #endif
 constexpr int64_t LINE = 64 / sizeof(float);
-// A strip of a matrix: so many of its columns.
-constexpr int64_t COLUMNS = 64;
 
-// Up to ROWS rows are few: registers hold ROWS x VECTORS sums, the vectors of one line of a matrix, and a number of a row.
-constexpr int64_t ROWS = 6, MOST = 64;
+// Up to ROWS rows are few. Their matrix is read as it lies in memory, LINES lines at a time, and as many are asked for.
+constexpr int64_t ROWS = 6, LINES = 4;
 // Few rows: tokens of a table that are read side by side, and how many further on the ones asked for are.
 constexpr int64_t TOKENS = 4, AHEAD = 8;
-// More rows: columns, and tokens, whose sums are kept at once.
-constexpr int64_t AT_ONCE = LANES == LINE ? 16 : 8, TOGETHER = 8;
-// Lines of a strip that are read while the ones before them are multiplied: of few rows, and of more.
-constexpr int64_t DEPTH = 128, DEPTH_OF_LANES = 64;
+// More rows, up to MOST: columns, and tokens, whose sums are kept at once.
+constexpr int64_t MOST = 64, AT_ONCE = LANES == LINE ? 16 : 8, TOGETHER = 8;
+// Of a strip of so many columns so many lines are read while the ones before them are multiplied.
+constexpr int64_t COLUMNS = 64, DEPTH = 64;
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
 typedef float Four __attribute__((vector_size(4 * sizeof(float)), aligned(4), may_alias));
@@ -91,23 +87,40 @@ void shared(ffi::ThreadPool pool, int64_t parts, F work) {
 
 // Few rows.
 
-// y += x w for `Count` rows, `depth` lines of w and VECTORS vectors of columns; `also(k)` asks for what follows.
-template <int Count, typename F>
-void tile(const float* x, int64_t x_row, const float* w, int64_t width, float* y, int64_t depth, bool begins, F also) {
-  Vector sums[Count][VECTORS];
+// y += x w for `Count` rows and `Lines` lines of w; the ones at `next` are asked for.
+template <int Count, int Lines>
+void add(const float* x, int64_t x_row, const float* w, int64_t width, float* y, bool begins, const float* next) {
+  float one[Count][Lines];
   for (int r = 0; r < Count; ++r)
-    for (int v = 0; v < VECTORS; ++v) sums[r][v] = begins ? Vector{} : vector(y + r * width + v * LANES);
-  for (int64_t k = 0; k < depth; ++k) {
-    also(k);
-    Vector own[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) own[v] = vector(w + k * width + v * LANES);
+    for (int i = 0; i < Lines; ++i) one[r][i] = x[r * x_row + i];
+  int64_t f = 0;
+  for (; f + LANES <= width; f += LANES) {
+    if (next && f % LINE == 0)
+      for (int i = 0; i < Lines; ++i) ask(next + i * width + f);
+    Vector own[Lines];
+    for (int i = 0; i < Lines; ++i) own[i] = vector(w + i * width + f);
     for (int r = 0; r < Count; ++r) {
-      const float one = x[r * x_row + k];
-      for (int v = 0; v < VECTORS; ++v) sums[r][v] += one * own[v];
+      Vector sum = begins ? Vector{} : vector(y + r * width + f);
+      for (int i = 0; i < Lines; ++i) sum += one[r][i] * own[i];
+      vector(y + r * width + f) = sum;
     }
   }
-  for (int r = 0; r < Count; ++r)
-    for (int v = 0; v < VECTORS; ++v) vector(y + r * width + v * LANES) = sums[r][v];
+  for (; f < width; ++f)
+    for (int r = 0; r < Count; ++r) {
+      float sum = begins ? 0.0f : y[r * width + f];
+      for (int i = 0; i < Lines; ++i) sum += one[r][i] * w[i * width + f];
+      y[r * width + f] = sum;
+    }
+}
+
+// y = x w for `Count` rows and `depth` lines of w, behind which lie `left` more.
+template <int Count>
+void stream(const float* x, int64_t x_row, const float* w, int64_t width, float* y, int64_t depth, int64_t left) {
+  int64_t k = 0;
+  for (; k + LINES <= depth; k += LINES)
+    add<Count, LINES>(x + k, x_row, w + k * width, width, y, k == 0,
+                      k + 2 * LINES <= depth + left ? w + (k + LINES) * width : nullptr);
+  for (; k < depth; ++k) add<Count, 1>(x + k, x_row, w + k * width, width, y, k == 0, nullptr);
 }
 
 // Of the lanes of four vectors, the sums.
@@ -210,8 +223,6 @@ inline void lanes(const float* x, const float* w, int64_t by_j, int64_t by_k, in
   for (int j = 0; j < Count; ++j) sums[j] = own[j];
 }
 
-// Products.
-
 // Row after row: x [rows, depth], w [depth, width], y [rows, width].
 struct Product {
   const float *x, *w;
@@ -219,107 +230,110 @@ struct Product {
   int64_t rows, depth, width;
 };
 
-// Calls `f(k, block, next, ahead)` for block after block of a strip: k is its first line, `block` how many it has; `ahead`
-// lines at `next` follow it, in the strip or at `after()`, which is looked at late: other threads take strips meanwhile.
-template <typename After, typename F>
-void blocks(const Product& p, int64_t most, const float* strip, After after, F f) {
-  for (int64_t k = 0; k < p.depth; k += most) {
-    const int64_t block = std::min(most, p.depth - k), left = p.depth - k - block;
-    const float* next = left > 0 ? strip + (k + block) * p.width : after();
-    f(k, block, next, next == nullptr ? 0 : left > 0 ? std::min(most, left) : block);
-  }
-}
-
-// y = x w in the columns [from, to), for few rows; returns where what it left begins.
+// y = x w in the columns [from, to), at most COLUMNS. The strip at `after()` is asked for; that is looked at late, since other
+// threads take strips meanwhile.
 template <typename After>
-int64_t few(const Product& p, int64_t from, int64_t to, After after) {
-  constexpr int64_t wide = LANES * VECTORS;
-  const int64_t end = to - (to - from) % wide;
-  of_rows(p.rows, [&](auto count) {
-    blocks(p, DEPTH, p.w + from, after, [&](int64_t k, int64_t block, const float* next, int64_t ahead) {
-      for (int64_t column = from; column < end; column += wide)
-        tile<count>(p.x + k, p.depth, p.w + k * p.width + column, p.width, p.y + column, block, k == 0, [&](int64_t line) {
-          if (line < ahead)
-            for (int64_t at = column - from; at < column - from + wide; at += LINE) ask(next + line * p.width + at);
-        });
-    });
-  });
-  return end;
-}
-
-// As `few`, for more rows.
-template <typename After>
-int64_t many(const Product& p, const Turned& x, int64_t from, int64_t to, After after) {
+void strip(const Product& p, const Turned& x, int64_t from, int64_t to, After after) {
   const int64_t pieces = (to - from) / AT_ONCE;
   Vector sums[MOST / LANES * COLUMNS];
   std::fill(sums, sums + x.groups * pieces * AT_ONCE, Vector{});
-  blocks(p, DEPTH_OF_LANES, p.w + from, after, [&](int64_t k, int64_t block, const float* next, int64_t ahead) {
+  for (int64_t k = 0; k < p.depth; k += DEPTH) {
+    const float* own = p.w + k * p.width + from;
+    const int64_t block = std::min(DEPTH, p.depth - k), left = p.depth - k - block;
+    const float* next = left > 0 ? own + block * p.width : after();
+    const int64_t lines = next == nullptr ? 0 : left > 0 ? std::min(DEPTH, left) : block;
     for (int64_t piece = 0; piece < pieces; ++piece)
       for (int64_t group = 0; group < x.groups; ++group) {
         const int64_t turn = piece * x.groups + group;
         const Share share(turn, pieces * x.groups, COLUMNS / LINE);
-        lanes<AT_ONCE>(x.of(group) + k * LANES, p.w + k * p.width + from + piece * AT_ONCE, 1, p.width, block,
-              &sums[turn * AT_ONCE], [&](int64_t line) {
-                if (line < ahead)
-                  for (int64_t at = share.from; at < share.to; ++at) ask(next + line * p.width + at * LINE);
-              });
+        lanes<AT_ONCE>(x.of(group) + k * LANES, own + piece * AT_ONCE, 1, p.width, block, &sums[turn * AT_ONCE],
+                       [&](int64_t line) {
+                         if (line < lines)
+                           for (int64_t at = share.from; at < share.to; ++at) ask(next + line * p.width + at * LINE);
+                       });
       }
-  });
+  }
   for (int64_t piece = 0; piece < pieces; ++piece)
     for (int64_t group = 0; group < x.groups; ++group)
       turn(reinterpret_cast<float*>(&sums[(piece * x.groups + group) * AT_ONCE]), LANES, AT_ONCE, x.here(group),
            p.y + group * LANES * p.width + from + piece * AT_ONCE, p.width);
-  return from + pieces * AT_ONCE;
+  for (int64_t r = 0; r < p.rows; ++r)
+    for (int64_t f = from + pieces * AT_ONCE; f < to; ++f) {
+      float sum = 0;
+      for (int64_t k = 0; k < p.depth; ++k) sum += p.x[r * p.depth + k] * p.w[k * p.width + f];
+      p.y[r * p.width + f] = sum;
+    }
 }
 
-// y = x w in the columns [from, to); the strip at `after()` is asked for.
-template <typename After>
-void strip(const Product& p, const std::optional<Turned>& x, int64_t from, int64_t to, After after) {
-  const int64_t left = x ? many(p, *x, from, to, after) : few(p, from, to, after);
-  for (int64_t r = 0; r < p.rows && left < to; ++r) {
-    float* y = p.y + r * p.width;
-    std::fill(y + left, y + to, 0.0f);
-    for (int64_t k = 0; k < p.depth; ++k)
-      for (int64_t f = left; f < to; ++f) y[f] += p.x[r * p.depth + k] * p.w[k * p.width + f];
-  }
+// Products.
+
+// One of few rows: threads have parts of its lines, whose sums are added at the end.
+void by_lines(ffi::ThreadPool pool, const Product& p) {
+  const int64_t most = std::max<int64_t>(1, std::min(pool.num_threads(), p.depth / 64));
+  const int64_t size = ((p.depth + most - 1) / most + LINES - 1) / LINES * LINES, parts = (p.depth + size - 1) / size;
+  const int64_t numbers = p.rows * p.width;
+  static thread_local std::vector<float> others;
+  others.resize(std::max<size_t>(others.size(), (parts - 1) * numbers));
+  shared(pool, parts, [p, size, numbers, others = others.data()](int64_t part, auto) {
+    const int64_t from = part * size, depth = std::min(size, p.depth - from);
+    of_rows(p.rows, [&](auto count) {
+      stream<count>(p.x + from, p.depth, p.w + from * p.width, p.width, part == 0 ? p.y : others + (part - 1) * numbers,
+                    depth, p.depth - from - depth);
+    });
+  });
+  for (int64_t part = 0; part < parts - 1; ++part)
+    for (int64_t i = 0; i < numbers; ++i) p.y[i] += others[part * numbers + i];
+}
+
+// One of more rows: threads have strips.
+void by_strips(ffi::ThreadPool pool, const Product& p) {
+  const int64_t strips = (p.width + COLUMNS - 1) / COLUMNS;
+  shared(pool, strips, [=, turned = std::optional<Turned>()](int64_t part, auto following) mutable {
+    if (!turned) turned.emplace(p.x, p.rows, p.depth);
+    strip(p, *turned, part * COLUMNS, std::min(p.width, (part + 1) * COLUMNS), [&]() -> const float* {
+      const int64_t other = following();
+      return other < strips ? p.w + other * COLUMNS : nullptr;
+    });
+  });
+}
+
+// Several: threads have whole ones.
+void one_by_one(ffi::ThreadPool pool, const Product& first, int64_t number) {
+  const int64_t strips = (first.width + COLUMNS - 1) / COLUMNS;
+  const auto of = [=](int64_t n) {
+    return Product{first.x + n * first.rows * first.depth,  first.w + n * first.depth * first.width,
+                   first.y + n * first.rows * first.width, first.rows, first.depth, first.width};
+  };
+  shared(pool, number, [=](int64_t n, auto following) {
+    const Product p = of(n);
+    if (p.rows <= ROWS)
+      return of_rows(p.rows, [&](auto count) { stream<count>(p.x, p.depth, p.w, p.width, p.y, p.depth, 0); });
+    const Turned turned(p.x, p.rows, p.depth);
+    for (int64_t part = 0; part < strips; ++part)
+      strip(p, turned, part * COLUMNS, std::min(p.width, (part + 1) * COLUMNS), [&]() -> const float* {
+        const int64_t other = following();
+        return part + 1 < strips ? p.w + (part + 1) * COLUMNS : other < number ? of(other).w : nullptr;
+      });
+  });
 }
 
 using Matrix = ffi::Buffer<ffi::F32, 2>;
 using Matrices = ffi::Buffer<ffi::F32>;
-
 
 // y_nbf = sum_d x_nbd w_ndf.
 ffi::Error Rows(ffi::ThreadPool pool, Matrices x, Matrices w, ffi::Result<Matrices> y) {
   // Any number of dimensions in front, which all count matrices.
   const size_t last = w.dimensions().size() - 1;
   const int64_t rows = x.dimensions()[last - 1], depth = w.dimensions()[last - 1], width = w.dimensions()[last];
-  const int64_t number = w.element_count() / (depth * width), strips = (width + COLUMNS - 1) / COLUMNS;
   if (rows > MOST) return ffi::Error(ffi::ErrorCode::kInvalidArgument, "these are products of at most 64 rows");
-  const Product first{x.typed_data(), w.typed_data(), y->typed_data(), rows, depth, width};
-  const auto of = [=](int64_t n) {
-    return Product{first.x + n * rows * depth, first.w + n * depth * width, first.y + n * rows * width, rows, depth, width};
-  };
-  if (number == 1) {
-    const Product p = of(0);
-    shared(pool, strips, [=, turned = std::optional<Turned>()](int64_t part, auto following) mutable {
-      if (rows > ROWS && !turned) turned.emplace(p.x, rows, depth);
-      strip(p, turned, part * COLUMNS, std::min(width, (part + 1) * COLUMNS), [&]() -> const float* {
-        const int64_t other = following();
-        return other < strips ? p.w + other * COLUMNS : nullptr;
-      });
-    });
-  } else {
-    shared(pool, number, [=](int64_t n, auto following) {
-      const Product p = of(n);
-      std::optional<Turned> turned;
-      if (rows > ROWS) turned.emplace(p.x, rows, depth);
-      for (int64_t part = 0; part < strips; ++part)
-        strip(p, turned, part * COLUMNS, std::min(width, (part + 1) * COLUMNS), [&]() -> const float* {
-          const int64_t other = following();
-          return part + 1 < strips ? p.w + (part + 1) * COLUMNS : other < number ? of(other).w : nullptr;
-        });
-    });
-  }
+  const Product p{x.typed_data(), w.typed_data(), y->typed_data(), rows, depth, width};
+  const int64_t number = w.element_count() / (depth * width);
+  if (number > 1)
+    one_by_one(pool, p, number);
+  else if (rows <= ROWS)
+    by_lines(pool, p);
+  else
+    by_strips(pool, p);
   return ffi::Error::Success();
 }
 

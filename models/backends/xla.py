@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from models.backends.view import View, over_heads
-from models.few_rows import by_kernel, rows
+from models.few_rows import by_kernel, kernels, rows
 
 HIDDEN = -1e30
 """The score of a key that is not seen, far below any other."""
@@ -20,8 +20,8 @@ def xla(
 ) -> Float[Array, "B Q H K"]:
     """The product for training: scores in float32 whatever the inputs; of the weights one array is kept for the gradient."""
     heads_first = lambda x: x.transpose(0, 2, 1, 3)
-    if q.shape[1] == 1 and k.shape[2] < q.shape[2] and bias is None:
-        return _of_one_slot(q, k, v, view)
+    if q.shape[1] == 1 and (kernels() or (k.shape[2] < q.shape[2] and bias is None)):
+        return _of_one_slot(q, k, v, view, bias)
     k, v = over_heads(k, q.shape[2]), over_heads(v, q.shape[2])
     q, k, v = heads_first(q * q.shape[-1] ** -0.5), heads_first(k), heads_first(v)
     wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -32,7 +32,11 @@ def xla(
 
 
 def _of_one_slot(
-    q: Float[Array, "B 1 H K"], k: Float[Array, "B S G K"], v: Float[Array, "B S G K"], view: View
+    q: Float[Array, "B 1 H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G K"],
+    view: View,
+    bias: Float[Array, "#B #H 1 S"] | None,
 ) -> Float[Array, "B 1 H K"]:
     """All that a group asks at one slot, as several queries of one head: keys are read once, not repeated.
 
@@ -42,6 +46,9 @@ def _of_one_slot(
     asked = q.reshape(len(q), k.shape[2], -1, q.shape[3]) * q.shape[-1] ** -0.5
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = _each(asked, k.transpose(0, 2, 3, 1), wide)
+    if bias is not None:
+        groups = k.shape[2] if bias.shape[1] > 1 else 1
+        scores = scores + bias.reshape(len(bias), groups, -1, bias.shape[3]).astype(wide)
     scores = jnp.where(view.visible[:, None], scores, HIDDEN)
     largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     powers = jnp.exp(scores - largest)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from models.decoding.decoder import Decoder, Prompts
-from models.few_rows import token_loop
+from models.few_rows import kernels, token_loop
 from partitioning import whole
 
 
@@ -106,13 +106,14 @@ class Strategy(ABC):
 
 def finish(model: Decoder, strategy: Strategy, stop: Stop, state: Any) -> Continuations:
     """Goes on from `Strategy.start` until no row is alive or all have `stop.length` tokens."""
-    # Axes of one, as of a single row, do not go around: XLA for CPU would copy the whole cache in every step for them.
-    shapes = jax.tree.map(jnp.shape, state)
-    narrow = partial(jax.tree.map, jnp.squeeze)
-    wide = lambda state: jax.tree.map(jnp.reshape, state, shapes)
     going = lambda state: (state.count < stop.length) & state.alive.any()
-    step = lambda state: narrow(strategy.advance(model, stop, wide(state)))
     with token_loop():
+        # Axes of one, as of a single row, do not go around: XLA for CPU would copy the whole cache in every step for them. It
+        # does so without them where kernels read the cache.
+        shapes = jax.tree.map(jnp.shape, state)
+        narrow = (lambda state: state) if kernels() else partial(jax.tree.map, jnp.squeeze)
+        wide = lambda state: jax.tree.map(jnp.reshape, state, shapes)
+        step = lambda state: narrow(strategy.advance(model, stop, wide(state)))
         last = jax.lax.while_loop(going, step, narrow(state))
     return strategy.result(stop, wide(last))
 
