@@ -1,9 +1,9 @@
 // Products of a few rows with a matrix that is read once, from main memory, for XLA on a CPU.
 //
 // With few rows a product takes about as long to read its matrix as to compute. XLA's products do one after the other: they
-// read strips of a wide matrix, which the processor does not foresee. Here a matrix is read as it lies in memory where there is
-// little to compute (few rows); where there is more, each block of a strip is asked for while the one before it is computed,
-// and rows are the lanes of a vector, so that each number of the matrix is read once more, and no more, from a cache.
+// read strips of a wide matrix, which the processor does not foresee. Here a matrix is read as it lies in memory where there
+// is little to compute (few rows); where there is more, each block of a strip is asked for while the one before it is
+// computed, and rows are the lanes of a vector, so that a number of the matrix is read but once more, from a cache.
 
 #include <algorithm>
 #include <atomic>
@@ -186,7 +186,8 @@ void turn(const float* from, int64_t from_row, int64_t m, int64_t n, float* to, 
     for (int64_t j = 0; j < n; ++j) to[j * to_row + i] = from[i * from_row + j];
 }
 
-// Rows of x as lanes: groups of LANES rows, [groups, D, LANES], with zeros where there is no row.
+// Rows of x as lanes: groups of LANES rows, [groups, D, LANES]. Lanes without a row hold what they held: nobody reads their
+// sums.
 struct Turned {
   int64_t rows, depth, groups;
   float* numbers;
@@ -199,11 +200,8 @@ struct Turned {
     static thread_local std::vector<Line> lines;
     lines.resize(std::max<size_t>(lines.size(), (groups * depth * LANES + LINE - 1) / LINE));
     numbers = lines.data()->numbers;
-    for (int64_t group = 0; group < groups; ++group) {
-      float* to = numbers + group * depth * LANES;
-      if (here(group) < LANES) std::fill(to, to + depth * LANES, 0.0f);
-      turn(x + group * LANES * depth, depth, here(group), depth, to, LANES);
-    }
+    for (int64_t group = 0; group < groups; ++group)
+      turn(x + group * LANES * depth, depth, here(group), depth, numbers + group * depth * LANES, LANES);
   }
 
   int64_t here(int64_t group) const { return std::min(LANES, rows - group * LANES); }
@@ -230,8 +228,8 @@ struct Product {
   int64_t rows, depth, width;
 };
 
-// y = x w in the columns [from, to), at most COLUMNS. The strip at `after()` is asked for; that is looked at late, since other
-// threads take strips meanwhile.
+// y = x w in the columns [from, to), at most COLUMNS. The strip at `after()` is asked for; that is looked at late, since
+// other threads take strips meanwhile.
 template <typename After>
 void strip(const Product& p, const Turned& x, int64_t from, int64_t to, After after) {
   const int64_t pieces = (to - from) / AT_ONCE;
