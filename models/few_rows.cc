@@ -87,14 +87,15 @@ void shared(ffi::ThreadPool pool, int64_t parts, F work) {
 
 // Few rows.
 
-// y += x w for `Count` rows and `Lines` lines of w; the ones at `next` are asked for.
+// y += x w for `Count` rows, `Lines` lines of w and `columns` of its `width`; the lines at `next` are asked for.
 template <int Count, int Lines>
-void add(const float* x, int64_t x_row, const float* w, int64_t width, float* y, bool begins, const float* next) {
+void add(const float* x, int64_t x_row, const float* w, int64_t width, int64_t columns, float* y, bool begins,
+         const float* next) {
   float one[Count][Lines];
   for (int r = 0; r < Count; ++r)
     for (int i = 0; i < Lines; ++i) one[r][i] = x[r * x_row + i];
   int64_t f = 0;
-  for (; f + LANES <= width; f += LANES) {
+  for (; f + LANES <= columns; f += LANES) {
     if (next && f % LINE == 0)
       for (int i = 0; i < Lines; ++i) ask(next + i * width + f);
     Vector own[Lines];
@@ -105,7 +106,7 @@ void add(const float* x, int64_t x_row, const float* w, int64_t width, float* y,
       vector(y + r * width + f) = sum;
     }
   }
-  for (; f < width; ++f)
+  for (; f < columns; ++f)
     for (int r = 0; r < Count; ++r) {
       float sum = begins ? 0.0f : y[r * width + f];
       for (int i = 0; i < Lines; ++i) sum += one[r][i] * w[i * width + f];
@@ -113,14 +114,15 @@ void add(const float* x, int64_t x_row, const float* w, int64_t width, float* y,
     }
 }
 
-// y = x w for `Count` rows and `depth` lines of w, behind which lie `left` more.
+// y = x w for `Count` rows, `depth` lines of w, behind which lie `left` more, and `columns` of its `width`.
 template <int Count>
-void stream(const float* x, int64_t x_row, const float* w, int64_t width, float* y, int64_t depth, int64_t left) {
+void stream(const float* x, int64_t x_row, const float* w, int64_t width, int64_t columns, float* y, int64_t depth,
+            int64_t left) {
   int64_t k = 0;
   for (; k + LINES <= depth; k += LINES)
-    add<Count, LINES>(x + k, x_row, w + k * width, width, y, k == 0,
+    add<Count, LINES>(x + k, x_row, w + k * width, width, columns, y, k == 0,
                       k + 2 * LINES <= depth + left ? w + (k + LINES) * width : nullptr);
-  for (; k < depth; ++k) add<Count, 1>(x + k, x_row, w + k * width, width, y, k == 0, nullptr);
+  for (; k < depth; ++k) add<Count, 1>(x + k, x_row, w + k * width, width, columns, y, k == 0, nullptr);
 }
 
 // Of the lanes of four vectors, the sums.
@@ -186,14 +188,27 @@ void turn(const float* from, int64_t from_row, int64_t m, int64_t n, float* to, 
     for (int64_t j = 0; j < n; ++j) to[j * to_row + i] = from[i * from_row + j];
 }
 
+// Row after row: x [rows, depth], w [depth, width], y [rows, width]. Of w `lines` lines and `columns` columns are looked at.
+struct Product {
+  const float *x, *w;
+  float* y;
+  int64_t rows, depth, width, lines, columns;
+
+  Product at(int64_t n) const {
+    return {x + n * rows * depth, w + n * depth * width, y + n * rows * width, rows, depth, width, lines, columns};
+  }
+};
+
 // Rows of x as lanes: groups of LANES rows, [groups, D, LANES]. Lanes without a row hold what they held: nobody reads their
 // sums.
 struct Turned {
   int64_t rows, depth, groups;
   float* numbers;
 
-  // One at a time in a thread: all have the same memory, since to ask for some takes as long as to turn.
-  Turned(const float* x, int64_t rows, int64_t depth) : rows(rows), depth(depth), groups((rows + LANES - 1) / LANES) {
+  // One at a time in a thread: all have the same memory, since to ask for some takes as long as to turn. `row` is where the
+  // next row of x begins.
+  Turned(const float* x, int64_t rows, int64_t row, int64_t depth)
+      : rows(rows), depth(depth), groups((rows + LANES - 1) / LANES) {
     struct alignas(64) Line {
       float numbers[LINE];
     };
@@ -201,7 +216,7 @@ struct Turned {
     lines.resize(std::max<size_t>(lines.size(), (groups * depth * LANES + LINE - 1) / LINE));
     numbers = lines.data()->numbers;
     for (int64_t group = 0; group < groups; ++group)
-      turn(x + group * LANES * depth, depth, here(group), depth, numbers + group * depth * LANES, LANES);
+      turn(x + group * LANES * row, row, here(group), depth, numbers + group * depth * LANES, LANES);
   }
 
   int64_t here(int64_t group) const { return std::min(LANES, rows - group * LANES); }
@@ -221,13 +236,6 @@ inline void lanes(const float* x, const float* w, int64_t by_j, int64_t by_k, in
   for (int j = 0; j < Count; ++j) sums[j] = own[j];
 }
 
-// Row after row: x [rows, depth], w [depth, width], y [rows, width].
-struct Product {
-  const float *x, *w;
-  float* y;
-  int64_t rows, depth, width;
-};
-
 // y = x w in the columns [from, to), at most COLUMNS. The strip at `after()` is asked for; that is looked at late, since
 // other threads take strips meanwhile.
 template <typename After>
@@ -235,9 +243,9 @@ void strip(const Product& p, const Turned& x, int64_t from, int64_t to, After af
   const int64_t pieces = (to - from) / AT_ONCE;
   Vector sums[MOST / LANES * COLUMNS];
   std::fill(sums, sums + x.groups * pieces * AT_ONCE, Vector{});
-  for (int64_t k = 0; k < p.depth; k += DEPTH) {
+  for (int64_t k = 0; k < p.lines; k += DEPTH) {
     const float* own = p.w + k * p.width + from;
-    const int64_t block = std::min(DEPTH, p.depth - k), left = p.depth - k - block;
+    const int64_t block = std::min(DEPTH, p.lines - k), left = p.lines - k - block;
     const float* next = left > 0 ? own + block * p.width : after();
     const int64_t lines = next == nullptr ? 0 : left > 0 ? std::min(DEPTH, left) : block;
     for (int64_t piece = 0; piece < pieces; ++piece)
@@ -258,7 +266,7 @@ void strip(const Product& p, const Turned& x, int64_t from, int64_t to, After af
   for (int64_t r = 0; r < p.rows; ++r)
     for (int64_t f = from + pieces * AT_ONCE; f < to; ++f) {
       float sum = 0;
-      for (int64_t k = 0; k < p.depth; ++k) sum += p.x[r * p.depth + k] * p.w[k * p.width + f];
+      for (int64_t k = 0; k < p.lines; ++k) sum += p.x[r * p.depth + k] * p.w[k * p.width + f];
       p.y[r * p.width + f] = sum;
     }
 }
@@ -267,28 +275,29 @@ void strip(const Product& p, const Turned& x, int64_t from, int64_t to, After af
 
 // One of few rows: threads have parts of its lines, whose sums are added at the end.
 void by_lines(ffi::ThreadPool pool, const Product& p) {
-  const int64_t most = std::max<int64_t>(1, std::min(pool.num_threads(), p.depth / 64));
-  const int64_t size = ((p.depth + most - 1) / most + LINES - 1) / LINES * LINES, parts = (p.depth + size - 1) / size;
+  const int64_t most = std::max<int64_t>(1, std::min(pool.num_threads(), p.lines / 64));
+  const int64_t size = ((p.lines + most - 1) / most + LINES - 1) / LINES * LINES, parts = (p.lines + size - 1) / size;
   const int64_t numbers = p.rows * p.width;
   static thread_local std::vector<float> others;
   others.resize(std::max<size_t>(others.size(), (parts - 1) * numbers));
   shared(pool, parts, [p, size, numbers, others = others.data()](int64_t part, auto) {
-    const int64_t from = part * size, depth = std::min(size, p.depth - from);
+    const int64_t from = part * size, depth = std::min(size, p.lines - from);
     of_rows(p.rows, [&](auto count) {
-      stream<count>(p.x + from, p.depth, p.w + from * p.width, p.width, part == 0 ? p.y : others + (part - 1) * numbers,
-                    depth, p.depth - from - depth);
+      stream<count>(p.x + from, p.depth, p.w + from * p.width, p.width, p.columns,
+                    part == 0 ? p.y : others + (part - 1) * numbers, depth, p.lines - from - depth);
     });
   });
   for (int64_t part = 0; part < parts - 1; ++part)
-    for (int64_t i = 0; i < numbers; ++i) p.y[i] += others[part * numbers + i];
+    for (int64_t r = 0; r < p.rows; ++r)
+      for (int64_t i = r * p.width; i < r * p.width + p.columns; ++i) p.y[i] += others[part * numbers + i];
 }
 
 // One of more rows: threads have strips.
 void by_strips(ffi::ThreadPool pool, const Product& p) {
-  const int64_t strips = (p.width + COLUMNS - 1) / COLUMNS;
+  const int64_t strips = (p.columns + COLUMNS - 1) / COLUMNS;
   shared(pool, strips, [=, turned = std::optional<Turned>()](int64_t part, auto following) mutable {
-    if (!turned) turned.emplace(p.x, p.rows, p.depth);
-    strip(p, *turned, part * COLUMNS, std::min(p.width, (part + 1) * COLUMNS), [&]() -> const float* {
+    if (!turned) turned.emplace(p.x, p.rows, p.depth, p.lines);
+    strip(p, *turned, part * COLUMNS, std::min(p.columns, (part + 1) * COLUMNS), [&]() -> const float* {
       const int64_t other = following();
       return other < strips ? p.w + other * COLUMNS : nullptr;
     });
@@ -297,35 +306,38 @@ void by_strips(ffi::ThreadPool pool, const Product& p) {
 
 // Several: threads have whole ones.
 void one_by_one(ffi::ThreadPool pool, const Product& first, int64_t number) {
-  const int64_t strips = (first.width + COLUMNS - 1) / COLUMNS;
-  const auto of = [=](int64_t n) {
-    return Product{first.x + n * first.rows * first.depth,  first.w + n * first.depth * first.width,
-                   first.y + n * first.rows * first.width, first.rows, first.depth, first.width};
-  };
+  const int64_t strips = (first.columns + COLUMNS - 1) / COLUMNS;
   shared(pool, number, [=](int64_t n, auto following) {
-    const Product p = of(n);
+    const Product p = first.at(n);
     if (p.rows <= ROWS)
-      return of_rows(p.rows, [&](auto count) { stream<count>(p.x, p.depth, p.w, p.width, p.y, p.depth, 0); });
-    const Turned turned(p.x, p.rows, p.depth);
+      return of_rows(p.rows, [&](auto count) {
+        stream<count>(p.x, p.depth, p.w, p.width, p.columns, p.y, p.lines, 0);
+      });
+    const Turned turned(p.x, p.rows, p.depth, p.lines);
     for (int64_t part = 0; part < strips; ++part)
-      strip(p, turned, part * COLUMNS, std::min(p.width, (part + 1) * COLUMNS), [&]() -> const float* {
+      strip(p, turned, part * COLUMNS, std::min(p.columns, (part + 1) * COLUMNS), [&]() -> const float* {
         const int64_t other = following();
-        return part + 1 < strips ? p.w + (part + 1) * COLUMNS : other < number ? of(other).w : nullptr;
+        return part + 1 < strips ? p.w + (part + 1) * COLUMNS : other < number ? first.at(other).w : nullptr;
       });
   });
 }
 
 using Matrix = ffi::Buffer<ffi::F32, 2>;
 using Matrices = ffi::Buffer<ffi::F32>;
+using Used = ffi::Buffer<ffi::S32, 1>;
 
-// y_nbf = sum_d x_nbd w_ndf.
-ffi::Error Rows(ffi::ThreadPool pool, Matrices x, Matrices w, ffi::Result<Matrices> y) {
+// y_nbf = sum_d x_nbd w_ndf over the first used_0 of d, for the first used_1 of f; 0 for the others.
+ffi::Error Rows(ffi::ThreadPool pool, Matrices x, Matrices w, Used used, ffi::Result<Matrices> y) {
   // Any number of dimensions in front, which all count matrices.
   const size_t last = w.dimensions().size() - 1;
   const int64_t rows = x.dimensions()[last - 1], depth = w.dimensions()[last - 1], width = w.dimensions()[last];
   if (rows > MOST) return ffi::Error(ffi::ErrorCode::kInvalidArgument, "these are products of at most 64 rows");
-  const Product p{x.typed_data(), w.typed_data(), y->typed_data(), rows, depth, width};
-  const int64_t number = w.element_count() / (depth * width);
+  const auto of = [&](int i, int64_t all) { return std::clamp<int64_t>(used.typed_data()[i], 0, all); };
+  const Product p{x.typed_data(), w.typed_data(), y->typed_data(), rows, depth, width, of(0, depth), of(1, width)};
+  const int64_t number = w.element_count() / (depth * width), columns = p.lines > 0 ? p.columns : 0;
+  for (int64_t row = 0; columns < width && row < number * rows; ++row)
+    std::fill(p.y + row * width + columns, p.y + (row + 1) * width, 0.0f);
+  if (columns == 0) return ffi::Error::Success();
   if (number > 1)
     one_by_one(pool, p, number);
   else if (rows <= ROWS)
@@ -341,7 +353,7 @@ ffi::Error Table(ffi::ThreadPool pool, Matrix x, Matrix w, ffi::Result<Matrix> y
   const float *from = x.typed_data(), *by = w.typed_data();
   float* to = y->typed_data();
   shared(pool, (tokens + size - 1) / size, [=, turned = std::optional<Turned>()](int64_t part, auto) mutable {
-    if (rows > ROWS && !turned) turned.emplace(from, rows, depth);
+    if (rows > ROWS && !turned) turned.emplace(from, rows, depth, depth);
     const int64_t end = std::min(tokens, (part + 1) * size);
     int64_t token = part * size;
     const auto later = [&](int64_t step, int64_t many) {
@@ -379,6 +391,6 @@ ffi::Error Table(ffi::ThreadPool pool, Matrix x, Matrix w, ffi::Result<Matrix> y
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    rows, Rows, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrices>().Arg<Matrices>().Ret<Matrices>());
+    rows, Rows, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrices>().Arg<Matrices>().Arg<Used>().Ret<Matrices>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(table, Table,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<Matrix>().Ret<Matrix>());

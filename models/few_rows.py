@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from partitioning import devices, platform
 
@@ -52,22 +52,39 @@ def by_kernel(x: Float[Array, "*N B D"], matrix: Array) -> bool:
     return some and x.dtype == matrix.dtype == jnp.float32 and kernels()
 
 
-@jax.custom_jvp
-def rows(x: Float[Array, "*N B D"], matrix: Float[Array, "*N D F"]) -> Float[Array, "*N B F"]:
+def rows(
+    x: Float[Array, "*N B D"],
+    matrix: Float[Array, "*N D F"],
+    *,
+    lines: Int[Array, ""] | None = None,
+    columns: Int[Array, ""] | None = None,
+) -> Float[Array, "*N B F"]:
     """y_nbf = sum_d x_nbd matrix_ndf, a matrix read once while its product is computed.
 
     Args:
       x: hidden states, a few for each matrix.
       matrix: kernels, or a cache's keys or values.
+      lines, columns: how many d and f are looked at, the first ones; all by default. The other columns of y are 0.
     """
+    depth, width = matrix.shape[-2:]
+    used = [
+        jnp.asarray(whole if some is None else some, jnp.int32) for some, whole in ((lines, depth), (columns, width))
+    ]
+    return _rows(x, matrix, jnp.stack(used))
+
+
+@jax.custom_jvp
+def _rows(x, matrix, used):
     # Not reshaped: XLA would not write into a cache in place that it hands on in another shape.
-    return _call("rows", x, matrix, (*x.shape[:-1], matrix.shape[-1]))
+    return _call("rows", (*x.shape[:-1], matrix.shape[-1]), x, matrix, used)
 
 
-@rows.defjvp
+@_rows.defjvp
 def _rows_jvp(primals, tangents):
-    (x, matrix), (dx, dmatrix) = primals, tangents
-    return rows(x, matrix), dx @ matrix + x @ dmatrix
+    (x, matrix, used), (dx, dmatrix, _) = primals, tangents
+    depth, width = matrix.shape[-2:]
+    there = (jnp.arange(depth)[:, None] < used[0]) & (jnp.arange(width) < used[1])
+    return _rows(x, matrix, used), dx @ jnp.where(there, matrix, 0) + x @ jnp.where(there, dmatrix, 0)
 
 
 @jax.custom_jvp
@@ -78,7 +95,7 @@ def table(x: Float[Array, "B D"], matrix: Float[Array, "V D"]) -> Float[Array, "
       x: hidden states.
       matrix: a table of tokens.
     """
-    return _call("table", x, matrix, (len(x), len(matrix)))
+    return _call("table", (len(x), len(matrix)), x, matrix)
 
 
 @table.defjvp
@@ -87,9 +104,10 @@ def _table_jvp(primals, tangents):
     return table(x, matrix), dx @ matrix.T + x @ dmatrix.T
 
 
-def _call(name: str, x: Array, matrix: Array, shape: tuple[int, ...]) -> Array:
-    out = jax.ShapeDtypeStruct(shape, x.dtype)
-    return jax.ffi.ffi_call(f"palmette_{name}", out, vmap_method="sequential")(x, matrix)
+def _call(name: str, shape: tuple[int, ...], *given: Array) -> Array:
+    return jax.ffi.ffi_call(f"palmette_{name}", jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")(
+        *given
+    )
 
 
 @cache

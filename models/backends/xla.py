@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from models.backends.view import View, over_heads
 from models.few_rows import by_kernel, kernels, rows
@@ -41,26 +41,30 @@ def _of_one_slot(
     """All that a group asks at one slot, as several queries of one head: keys are read once, not repeated.
 
     Keys and values are turned to how a cache has them, so that decoding reads them where they are. The mask is looked at
-    once, and the sum divides what was mixed, which is smaller than the weights.
+    once, and the sum divides what was mixed, which is smaller than the weights. Slots behind the last one that is seen, which
+    a cache has not filled yet, are not read by kernels.
     """
     asked = q.reshape(len(q), k.shape[2], -1, q.shape[3]) * q.shape[-1] ** -0.5
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = _each(asked, k.transpose(0, 2, 3, 1), wide)
+    slots = jnp.where(view.visible, jnp.arange(1, k.shape[1] + 1), 0).max()
+    scores = _each(asked, k.transpose(0, 2, 3, 1), wide, columns=slots)
     if bias is not None:
         groups = k.shape[2] if bias.shape[1] > 1 else 1
         scores = scores + bias.reshape(len(bias), groups, -1, bias.shape[3]).astype(wide)
     scores = jnp.where(view.visible[:, None], scores, HIDDEN)
     largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     powers = jnp.exp(scores - largest)
-    mixed = _each(powers.astype(v.dtype), v.transpose(0, 2, 1, 3), wide)
+    mixed = _each(powers.astype(v.dtype), v.transpose(0, 2, 1, 3), wide, lines=slots)
     # A query that sees nothing has a power of 1 for every key.
     share = jnp.where(largest > HIDDEN, 1 / powers.sum(-1, keepdims=True), 0.0)
     return (mixed * share).astype(v.dtype).reshape(q.shape)
 
 
-def _each(x: Float[Array, "B G N D"], matrix: Float[Array, "B G D F"], wide: jnp.dtype) -> Float[Array, "B G N F"]:
+def _each(
+    x: Float[Array, "B G N D"], matrix: Float[Array, "B G D F"], wide: jnp.dtype, **used: Int[Array, ""]
+) -> Float[Array, "B G N F"]:
     if by_kernel(x, matrix):
-        return rows(x, matrix)
+        return rows(x, matrix, **used)
     return jnp.einsum("bgnd,bgdf->bgnf", x, matrix, preferred_element_type=wide)
 
 

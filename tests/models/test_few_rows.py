@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +76,8 @@ def test_products_are_those_of_numpy_on_older_processors(processor, tmp_path, mo
     for b, d, f in SIZES:
         x, matrix = numbers(b, d), numbers(d, f)
         bound = d**0.5 * np.finfo(np.float32).eps * (np.abs(x).astype(np.float64) @ np.abs(matrix)) + 1e-7
-        for name, given in (("rows", matrix), ("table", matrix.T.copy())):
-            found = jax.ffi.ffi_call(f"{processor}_{name}", jax.ShapeDtypeStruct((b, f), jnp.float32))(x, given)
+        for name, *given in (("rows", matrix, np.array([d, f], np.int32)), ("table", matrix.T.copy())):
+            found = jax.ffi.ffi_call(f"{processor}_{name}", jax.ShapeDtypeStruct((b, f), jnp.float32))(x, *given)
             assert (np.abs(np.asarray(found) - x.astype(np.float64) @ matrix) <= bound).all(), (name, b, d, f)
 
 
@@ -87,6 +88,23 @@ def test_products_of_several_matrices_are_those_one_by_one(n, b, d, f):
     assert found.shape == (n, 2, b, f)
     for i, j in np.ndindex(n, 2):
         np.testing.assert_allclose(found[i, j], np.asarray(rows(x[i, j], matrix[i, j])), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 9), (5, 2), (1, 2)])
+@pytest.mark.parametrize(("lines", "columns"), [(200, 130), (131, 97), (3, 64), (1, 1), (0, 130), (200, 0), (999, -1)])
+def test_a_part_of_a_matrix_is_what_is_looked_at(shape, lines, columns):
+    """What lies outside is never read, be it no number."""
+    n, b = shape
+    x, matrix = numbers(n, b, 200), numbers(n, 200, 130)
+    there = (np.arange(200)[:, None] < lines) & (np.arange(130) < columns)
+    run = jax.jit(lambda matrix, **used: rows(x, matrix, **used))
+    found = np.asarray(run(np.where(there, matrix, np.nan), lines=lines, columns=columns))
+    np.testing.assert_allclose(found, x @ np.where(there, matrix, 0), rtol=1e-4, atol=1e-4)
+    tangents = jax.jvp(partial(rows, lines=lines, columns=columns), (x, matrix), (x[::-1].copy(), matrix[::-1].copy()))[
+        1
+    ]
+    expected = x[::-1] @ np.where(there, matrix, 0) + x @ np.where(there, matrix[::-1], 0)
+    np.testing.assert_allclose(tangents, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("product", [rows, table])
