@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from partitioning import devices, platform
@@ -104,6 +105,17 @@ def _table_jvp(primals, tangents):
     return table(x, matrix), dx @ matrix.T + x @ dmatrix.T
 
 
+@jax.custom_jvp
+def kept(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
+    """x, computed once, where there are kernels: XLA computes even sines anew for each of their uses."""
+    return _call("kept", x.shape, x) if x.dtype == jnp.float32 and kernels() else x
+
+
+@kept.defjvp
+def _kept_jvp(primals, tangents):
+    return kept(*primals), tangents[0]
+
+
 def _call(name: str, shape: tuple[int, ...], *given: Array) -> Array:
     return jax.ffi.ffi_call(f"palmette_{name}", jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")(
         *given
@@ -127,7 +139,7 @@ def compiled(compiler: str) -> bool:
             said.strip().splitlines()[0] if said.strip() else "it failed",
         )
         return False
-    for name in ("rows", "table"):
+    for name in ("rows", "table", "kept"):
         jax.ffi.register_ffi_target(f"palmette_{name}", jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return True
 

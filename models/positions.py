@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from models.few_rows import kept
 from models.initializers import normal
 from models.rope_scaling import RopeScaling
 from models.variables import param
@@ -36,11 +37,13 @@ def rotate(
     rest = x[..., x.shape[-1] if features is None else features :]
     half = (x.shape[-1] - rest.shape[-1]) // 2
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    frequencies, factor = theta ** (-jnp.arange(half, dtype=wide) / half), 1.0
-    if scaling is not None:
-        frequencies, factor = scaling(frequencies, theta)
+    # Constants of a program: what it computed in every layer would be so many values to carry around a loop over tokens.
+    with jax.ensure_compile_time_eval():
+        frequencies, factor = theta ** (-jnp.arange(half, dtype=wide) / half), 1.0
+        if scaling is not None:
+            frequencies, factor = scaling(frequencies, theta)
     angles = (positions[..., None] * frequencies)[:, :, None, :]
-    cos, sin = factor * jnp.cos(angles), factor * jnp.sin(angles)
+    cos, sin = kept(factor * jnp.stack([jnp.cos(angles), jnp.sin(angles)]))
     first, second = x[..., :half].astype(wide), x[..., half : 2 * half].astype(wide)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

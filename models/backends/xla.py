@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from models.backends.view import View, over_heads
@@ -46,7 +47,8 @@ def _of_one_slot(
     """
     asked = q.reshape(len(q), k.shape[2], -1, q.shape[3]) * q.shape[-1] ** -0.5
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    slots = jnp.where(view.visible, jnp.arange(1, k.shape[1] + 1), 0).max()
+    # Constants, and so the same for all layers: XLA would carry what each computes around a loop over tokens.
+    slots = jnp.where(view.visible, np.arange(1, k.shape[1] + 1, dtype=np.int32), 0).max()
     scores = _each(asked, k.transpose(0, 2, 3, 1), wide, columns=slots)
     if bias is not None:
         groups = k.shape[2] if bias.shape[1] > 1 else 1
