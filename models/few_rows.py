@@ -68,10 +68,10 @@ def rows(
       lines, columns: how many d and f are looked at, the first ones; all by default. The other columns of y are 0.
     """
     depth, width = matrix.shape[-2:]
-    used = [
-        jnp.asarray(whole if some is None else some, jnp.int32) for some, whole in ((lines, depth), (columns, width))
-    ]
-    return _rows(x, matrix, jnp.stack(used))
+    if lines is columns is None:
+        return _rows(x, matrix, np.array([depth, width], np.int32))
+    used = [depth if lines is None else lines, width if columns is None else columns]
+    return _rows(x, matrix, jnp.array(used, jnp.int32))
 
 
 @jax.custom_jvp
