@@ -137,7 +137,7 @@ def main() -> None:
         mine, other = (
             Contestant(f"{side} {size} {batch}", __name__, side, size=size, rows=batch) for side in ("ours", "theirs")
         )
-        found = alternate([mine, other], wanted=5, times=1)
+        found = alternate([mine, other], wanted=9, times=1)
         low, high = found.ratios(other.name, mine.name)
         speed = lambda c, found=found, batch=batch: f"{batch * NEW / found.seconds(c.name):.0f}"
         alike = np.mean(np.equal(mine.facts["tokens"], other.facts["tokens"]))

@@ -389,7 +389,7 @@ ffi::Error Table(ffi::ThreadPool pool, Matrix x, Matrix w, ffi::Result<Matrix> y
 }
 
 // y = x.
-ffi::Error Kept(Matrices x, ffi::Result<Matrices> y) {
+ffi::Error Once(Matrices x, ffi::Result<Matrices> y) {
   std::copy(x.typed_data(), x.typed_data() + x.element_count(), y->typed_data());
   return ffi::Error::Success();
 }
@@ -400,4 +400,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     rows, Rows, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrices>().Arg<Matrices>().Arg<Used>().Ret<Matrices>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(table, Table,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<Matrix>().Ret<Matrix>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kept, Kept, ffi::Ffi::Bind().Arg<Matrices>().Ret<Matrices>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(once, Once, ffi::Ffi::Bind().Arg<Matrices>().Ret<Matrices>());

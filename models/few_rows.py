@@ -106,14 +106,14 @@ def _table_jvp(primals, tangents):
 
 
 @jax.custom_jvp
-def kept(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
+def once(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
     """x, computed once, where there are kernels: XLA computes even sines anew for each of their uses."""
-    return _call("kept", x.shape, x) if x.dtype == jnp.float32 and kernels() else x
+    return _call("once", x.shape, x) if x.dtype == jnp.float32 and kernels() else x
 
 
-@kept.defjvp
-def _kept_jvp(primals, tangents):
-    return kept(*primals), tangents[0]
+@once.defjvp
+def _once_jvp(primals, tangents):
+    return once(*primals), tangents[0]
 
 
 def _call(name: str, shape: tuple[int, ...], *given: Array) -> Array:
@@ -139,7 +139,7 @@ def compiled(compiler: str) -> bool:
             said.strip().splitlines()[0] if said.strip() else "it failed",
         )
         return False
-    for name in ("rows", "table", "kept"):
+    for name in ("rows", "table", "once"):
         jax.ffi.register_ffi_target(f"palmette_{name}", jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return True
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from models.few_rows import kept
+from models.few_rows import once
 from models.initializers import normal
 from models.rope_scaling import RopeScaling
 from models.variables import param
@@ -43,7 +43,7 @@ def rotate(
         if scaling is not None:
             frequencies, factor = scaling(frequencies, theta)
     angles = (positions[..., None] * frequencies)[:, :, None, :]
-    cos, sin = kept(factor * jnp.stack([jnp.cos(angles), jnp.sin(angles)]))
+    cos, sin = once(factor * jnp.stack([jnp.cos(angles), jnp.sin(angles)]))
     first, second = x[..., :half].astype(wide), x[..., half : 2 * half].astype(wide)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

@@ -104,7 +104,7 @@ def _equation(equation: Any, name: str, causal: float) -> FlopCount:
     if kind.startswith("dot_product_attention_fwd"):
         # cuDNN's attention, query [B, T, N, H] and key [B, S, N, H]: two products. A causal one is halved by its name.
         return FlopCount(4.0 * math.prod(shapes[0]) * shapes[1][1])
-    if kind == "ffi_call" and params["target_name"].startswith("palmette_"):
+    if kind == "ffi_call" and params["target_name"] in ("palmette_rows", "palmette_table"):
         # models/few_rows.py: products of [..., rows, n] with matrices.
         return FlopCount(2.0 * result * shapes[0][-1])
     if kind == "scan":

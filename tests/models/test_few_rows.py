@@ -19,7 +19,7 @@ from writing import VOCABULARY, prompts, writer
 
 from models import few_rows, t5
 from models.decoding import Greedy, Stop, decoder_of, generate, unrolled
-from models.few_rows import FEW, by_kernel, compiled, library_file, rows, table, token_loop
+from models.few_rows import FEW, by_kernel, compiled, library_file, once, rows, table, token_loop
 from partitioning import fsdp_tensor
 from training.flops import forward_flops
 
@@ -219,10 +219,22 @@ def test_they_are_taken_in_a_loop_over_tokens_and_nowhere_else():
     assert not by_kernel(x, matrix)
 
 
+def test_what_is_computed_once_is_what_it_was():
+    x = numbers(3, 4)
+    with token_loop():
+        run = jax.jit(lambda x: once(jnp.sin(x)))
+        assert "palmette_once" in run.lower(x).as_text()
+        np.testing.assert_array_equal(run(x), jnp.sin(x))
+        np.testing.assert_array_equal(jax.jvp(once, (x,), (2 * x,))[1], 2 * x)
+    assert "palmette" not in jax.jit(lambda x: once(jnp.sin(x))).lower(x).as_text()
+
+
 def test_their_flops_are_counted():
     x, matrix = jnp.ones((4, 8)), jnp.ones((8, 24))
     for found in (forward_flops(rows, x, matrix), forward_flops(table, x, matrix.T)):
         assert found.flops == 2 * 4 * 8 * 24
+    with token_loop():
+        assert not forward_flops(once, x).flops
 
 
 def test_they_are_compiled_once_and_again_for_other_flags(tmp_path, monkeypatch):
